@@ -106,6 +106,7 @@ def act(options: argparse.Namespace) -> int:
     """Do an experiment, or go on with it."""
     from bench.paper.estimate import estimate
     from mopl.experiments.run_directory import RunInterrupted
+    from mopl.experiments.run_lock import locked
 
     def say(line: str) -> None:
         if not options.quiet:
@@ -114,20 +115,21 @@ def act(options: argparse.Namespace) -> int:
     module, plan = module_of(options.command), planned(options)
     say(f"{plan.name}: {', '.join(f'{value:,} {name}' for name, value in plan.counts.items() if value is not None)}")
     try:
-        plan.begin()
-        if hasattr(module, "write_data"):
-            module.write_data(plan, options)
-        estimate(plan, say)
-        if options.plan:
-            return 0
-        for place, job in enumerate(plan.jobs, 1):
-            if plan.finished(job) is None:
-                say(f"{job.name}: run {place} of {len(plan.jobs)}")
-                plan.finish(job, say)
+        with locked(plan.out):
+            plan.begin()
+            if hasattr(module, "write_data"):
+                module.write_data(plan, options)
+            estimate(plan, say)
+            if options.plan:
+                return 0
+            for place, job in enumerate(plan.jobs, 1):
+                if plan.finished(job) is None:
+                    say(f"{job.name}: run {place} of {len(plan.jobs)}")
+                    plan.finish(job, say)
+            report(plan, module, options)
     except (RunInterrupted, KeyboardInterrupt):
         _terminal.say("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    report(plan, module, options)
     return 0
 
 

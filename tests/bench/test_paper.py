@@ -19,6 +19,7 @@ from bench.paper import clp_summary, estimate, mslr, samples, tables
 from bench.paper.__main__ import build_parser, main, planned
 from mopl import _terminal
 from mopl.experiments.run import read_any, run_fronts
+from mopl.experiments.run_lock import locked
 
 TINY_RANKER = (
     "--hidden 8 --base-hidden 8 --layers 1 --base-layers 1 --heads 1 --steps 4 --base-steps 4 --bootstrap 0"
@@ -301,6 +302,8 @@ def test_every_figure_of_a_paper_has_its_place_there() -> None:
 def test_what_the_experiment_sets_is_no_option(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["safe-rlhf", data / "safe-rlhf.jsonl", "--out", tmp_path / "out"]
     assert "--objectives is set by the experiment" in said(capsys, *command, "--objectives", "a", "b")[2]
+    with locked(tmp_path / "out"):
+        assert "is in use by" in said(capsys, *command, "--model", data / "model")[2]
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("")
     status, _, complaint = said(capsys, *command, "--model", data / "model", "--plan")
