@@ -54,19 +54,32 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m bench.paper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="EXPERIMENT", required=True)
     for name, text in HELP.items():
-        command = add_command(commands, name, act, text, "", argument_default=argparse.SUPPRESS)
+        module, door = module_of(name), door_of(name)
+        command = add_command(commands, name, act, text, _defaults(module), argument_default=argparse.SUPPRESS)
         group = command.add_argument_group("experiment")
         group.add_argument("path", metavar="PATH", type=Path, help="the data in its public format")
         group.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of runs, table and pictures")
         group.add_argument("--small", action="store_true", default=False, help="few steps on few rows, for a CPU")
         group.add_argument("--plan", action="store_true", default=False, help="check and estimate, and stop there")
-        module_of(name).add_options(group)
-        kind = door_of(name).config
-        add_options(command, kind)
-        add_help_all(command, set(settings_of(kind)) - set(BASIC))
+        module.add_options(group)
+        add_options(command, door.config)
+        for action in command._actions:
+            if action.dest in door.managed:
+                action.help = argparse.SUPPRESS
+        add_help_all(command, set(settings_of(door.config)) - set(BASIC) - set(door.managed))
     sample = add_command(commands, "sample", write_samples, "write generated data in the three formats", "")
     sample.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
     return parser
+
+
+def _defaults(module: Any) -> str:
+    """Return in words what an experiment sets where nothing is given."""
+
+    def said(settings: dict[str, Any]) -> str:
+        words = {name: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in settings.items()}
+        return ", ".join(f"{name} {value}".rstrip() for name, value in words.items())
+
+    return f"Unless they are given, the experiment sets: {said(module.COMMON)}. With --small: {said(module.SMALL)}."
 
 
 def write_samples(options: argparse.Namespace) -> None:

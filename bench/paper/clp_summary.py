@@ -26,7 +26,7 @@ KL_WEIGHTS = (0.01, 0.03, 0.1, 0.3)
 SCOPES = ("full", "attention", "logits")
 ROWS = {"full": "full-CLP", "attention": "attn-CLP", "logits": "logit-CLP"}
 FIELDS: dict[str, Any] = {"document": str, "summary": str, "id": (str, int)}
-COMMON: dict[str, Any] = {"points": 11, "eval_prompts": 256, "samples": 3, "max_new_tokens": 64}
+COMMON: dict[str, Any] = {"steps": 10_000, "points": 11, "eval_prompts": 256, "samples": 3, "max_new_tokens": 64}
 SMALL: dict[str, Any] = {
     "limit": 200, "steps": 20, "prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 24, "points": 5,
     "eval_prompts": 16, "normalize_prompts": 16,
@@ -169,13 +169,15 @@ def tables(plan: Plan, runs: dict[str, FinishedRun]) -> list[Table]:
     """Return a table of two rewards and one of KL weights."""
     found = []
     for group in dict.fromkeys(job.group for job in plan.jobs):
-        config = runs[next(job.name for job in plan.jobs if job.group == group)].config
+        run = runs[next(job.name for job in plan.jobs if job.group == group)]
+        config, splits = run.config, run.record["data"]["splits"]
         model, names = config.model.rstrip("/").rsplit("/", 1)[-1], ", ".join(config.rewards)
-        documents = min(plan.counts["documents"], config.limit or plan.counts["documents"])
+        train, test = splits["train"]["prompts"], splits["test"]["prompts"]
+        documents = train + test
         differs = [
             f"model: {model}, where the paper has T5, an encoder with a decoder",
-            f"data: {documents:,} documents, cut to {plan.options['words']} words, where XSum has {PAPER_ROWS:,} to "
-            f"train on; {config.held_out:.0%} are held out of these",
+            f"data: {train:,} documents to train on and {test:,} held out, cut to {plan.options['words']} words, where "
+            f"XSum has {PAPER_ROWS:,} to train on",
             f"rewards: {names}; the paper has entailment (NLI), ROUGE-LSum and a preference reward",
             f"steps: {config.steps}, of {config.prompts_per_step} prompts and {config.samples_per_prompt} samples of "
             "each; the paper shows 10,000, 60,000 and 90,000",

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mopl._files import write_file
+from mopl._files import remove_leftovers, write_file
 from mopl._terminal import shell
 from mopl.experiments.run import FinishedRun, read_any
 from mopl.experiments.run_directory import CONFIG_FILE, read_run
@@ -121,6 +121,8 @@ class Plan:
         now = {"experiment": self.name, "options": self.options, "data": {_name(f): mark(f) for f in self.files}}
         now = json.loads(json.dumps(now))
         file = self.out / BEGUN
+        if self.out.is_dir():
+            remove_leftovers(self.out)  # of a process that was killed while it wrote
         if not file.is_file():
             if self.out.is_dir() and any(self.out.iterdir()):
                 raise ValueError(

@@ -247,7 +247,7 @@ def test_clp_summary(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]  # fmt: skip
     text = (out / "table.md").read_text()
     assert text.count("none is at hand") == 2 and "The paper's figures (" not in text
-    assert "20 documents, cut to 30 words" in text
+    assert "18 documents to train on and 2 held out, cut to 30 words" in text
     for group in ("two-rewards", "one-reward"):
         assert (out / f"{group}.png").is_file()
 
