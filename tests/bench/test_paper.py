@@ -180,6 +180,7 @@ def test_safe_rlhf(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     run = read_any(out / "runs/all")
     assert run.objectives == ("helpful", "harmless")
     assert (run.config.beta, run.config.virtual_tokens, run.config.lora_rank) == ((0.1,), 8, 4)
+    assert run.config.reference_point == (1.1, 1.1)
     own = figures(out, "safe-rlhf")
     assert own["base"]["hypervolume"] == pytest.approx((1.1 - math.log(2)) ** 2, rel=1e-4)
     text = (out / "table.md").read_text()
