@@ -134,10 +134,11 @@ class Plan:
         then = json.loads(file.read_text(encoding="utf-8"))
         if then["experiment"] != now["experiment"]:
             raise ValueError(f"--out {self.out} was begun by {then['experiment']}, not {self.name}; name a new folder")
+        old, new = ({**each["options"], **each["options"].get("settings", {})} for each in (then, now))
         changed = [
-            f"{name} was {_word(then['options'].get(name))}, is {_word(now['options'].get(name))}"
-            for name in sorted({*then["options"], *now["options"]})
-            if then["options"].get(name) != now["options"].get(name)
+            f"{name} was {_word(old.get(name))}, is {_word(new.get(name))}"
+            for name in sorted({*old, *new} - {"settings"})
+            if old.get(name) != new.get(name)
         ]
         files = sorted(name for name, value in now["data"].items() if then["data"].get(name) != value)
         files += sorted(then["data"].keys() - now["data"].keys())
