@@ -40,7 +40,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--folds", type=int, nargs="+", choices=FOLDS, default=FOLDS, metavar="N", help="folds, 1 to 5")
     group.add_argument("--groups", nargs="+", choices=tuple(GROUPS), default=tuple(GROUPS), help="five objectives, two")
     group.add_argument("--queries", type=int, default=None, metavar="N",
-                       help=f"the first N queries of each file (default: all; with --small {SMALL_QUERIES})")  # fmt: skip
+                       help=f"the first queries of each file (default: all; with --small {SMALL_QUERIES})")  # fmt: skip
 
 
 def prepare(options: argparse.Namespace, given: dict[str, Any]) -> Plan:

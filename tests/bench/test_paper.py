@@ -108,7 +108,8 @@ def test_mslr_goes_on_where_it_was_stopped_and_ends_with_the_same_figures(
     status, printed, _ = said(capsys, *words("whole", 1, 2))
     assert status == 0 and "to do" not in printed and "run 1 of" not in printed
     for more, what in (
-        (["--seed", 1], "seed was not given, is 1"), (["--points", 12], "points was not given, is 12"), (["--small"], "small was False, is True"),
+        (["--seed", 1], "seed was not given, is 1"), (["--points", 12], "points was not given, is 12"),
+        (["--small"], "small was False, is True"),
     ):  # fmt: skip
         status, _, complaint = said(capsys, *words("whole", 1, 2), *more)
         assert status == 2 and "was begun otherwise" in complaint and what in complaint
