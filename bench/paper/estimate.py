@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from bench.paper.plan import ALIGN, CLP, RANK, Job, Plan, by_group
+from bench.paper.plan import ALIGN, CLP, ESTIMATE, RANK, Job, Plan, by_group
 from mopl._files import discard_folder, write_file
 from mopl._terminal import duration
 from mopl.experiments.methods import TABLE
@@ -17,7 +17,6 @@ from mopl.experiments.run_directory import DONE
 from mopl.experiments.stages import Trained
 from mopl.training.logs import read_log
 
-ESTIMATE = "estimate.json"
 STAGES = ("weight-cos-dpo", "clp")  # the one training of a probe beside that of a base model
 STEPS, LISTS, PROMPTS, POINTS = 5, 160, 4, 2  # of a probe
 

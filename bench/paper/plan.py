@@ -10,12 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mopl._files import remove_leftovers, write_file
+from mopl._files import discard_folder, remove_leftovers, write_file
 from mopl._terminal import shell
 from mopl.experiments.run import FinishedRun, read_any
 from mopl.experiments.run_directory import CONFIG_FILE, read_run
 
-BEGUN = "experiment.json"
+BEGUN, ESTIMATE = "experiment.json", "estimate.json"
 END = 1 << 20  # bytes at either end of a file that tell it from another of its size
 
 
@@ -132,6 +132,13 @@ class Plan:
             write_file(file, json.dumps(now, indent=2) + "\n")
             return
         then = json.loads(file.read_text(encoding="utf-8"))
+        if then != now and not (self.out / "runs").exists():  # nothing is trained yet, after --plan or a mistake
+            for name in ("data", "probe"):
+                if (self.out / name).exists():
+                    discard_folder(self.out / name)
+            (self.out / ESTIMATE).unlink(missing_ok=True)
+            write_file(file, json.dumps(now, indent=2) + "\n")
+            return
         if then["experiment"] != now["experiment"]:
             raise ValueError(f"--out {self.out} was begun by {then['experiment']}, not {self.name}; name a new folder")
         old, new = ({**each["options"], **each["options"].get("settings", {})} for each in (then, now))

@@ -144,6 +144,10 @@ def test_the_queries_of_a_sample_are_the_first_of_each_file(data: Path, tmp_path
         assert part == whole[: len(part)]
         assert len({line.split()[1] for line in part}) == 2 != len({line.split()[1] for line in whole[: len(part) + 1]})
     assert not (tmp_path / "out/runs").exists(), "--plan ends before the first run"
+    words[words.index("2")] = "3"  # nothing is trained yet, so another number is no other experiment
+    assert main([*words, "--plan", "--groups", "pair", "--folds", "1"]) == 0
+    part = (tmp_path / "out/data/Fold1/test.txt").read_text().splitlines()
+    assert len({line.split()[1] for line in part}) == 3
 
 
 def test_missing_folds_and_files_are_named_before_anything_is_written(
