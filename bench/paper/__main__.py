@@ -22,6 +22,7 @@ from typing import Any
 
 from mopl import _terminal
 from mopl._files import write_file
+from mopl.cli import as_flags
 from mopl.commands.parser import Parser, add_command, add_help_all
 from mopl.experiments.settings import add_options, given, settings_of
 
@@ -32,6 +33,7 @@ HELP = {
     "clp-summary": "CLP on XSum: PATH is JSON lines or parquet with document, summary and id, or a folder with its "
     "train*",
 }
+MOPL = {"mslr": "rank", "safe-rlhf": "align", "clp-summary": "clp"}  # the command whose settings are options
 BASIC = ("model", "method", "steps", "points", "seed", "device", "limit", "batch_size", "lists_per_batch", "max_length")
 
 
@@ -197,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if getattr(options, "debug", False):
             raise
-        _terminal.say(f"bench.paper: {error}", file=sys.stderr)
+        _terminal.say(f"bench.paper: {as_flags(str(error), MOPL.get(options.command, 'rank'))}", file=sys.stderr)
         return 2
 
 

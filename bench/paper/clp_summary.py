@@ -21,6 +21,7 @@ from mopl.experiments.resume_settings import located_if_there
 from mopl.experiments.run import FinishedRun
 from mopl.rewards import ClassifierReward, FunctionReward, Rewards, Rouge, available, make
 
+BLANK = "rows without a text, left out"
 PAPER_KL, PAPER_ROWS = 0.01, 204_045  # rows of XSum's training split
 KL_WEIGHTS = (0.01, 0.03, 0.1, 0.3)
 SCOPES = ("full", "attention", "logits")
@@ -79,8 +80,12 @@ def prepare(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
         raise ValueError(f"--words is {options.words} but a document needs at least 1")
     files = rows.files_of(options.path, "data of XSum")
     prompts: set[str] = set()
+    blank = 0
     for row in rows.checked(files, FIELDS, "XSum"):
-        prompts.add(prompt_of(row["document"], options.words))
+        if is_blank(row):
+            blank += 1
+        else:
+            prompts.add(prompt_of(row["document"], options.words))
     if len(prompts) < 4:
         raise ValueError(f"{options.path} has {len(prompts)} different documents, too few to train on and to hold out")
     common = {**COMMON, **(SMALL if options.small else {}), **given}
@@ -104,7 +109,12 @@ def prepare(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
                 if place == 0:
                     own |= {"dera": "dera", "prompting": "prompting", "rewarded-soups": "one expert"}
                 jobs.append(job(group, scope, "clp" if place else "clp-all", (options.one,), options.kl_weights, own))
-    return Plan("clp-summary", options.out, jobs, files, {}, {"documents": len(prompts)})
+    return Plan("clp-summary", options.out, jobs, files, {}, {"documents": len(prompts), BLANK: blank or None})
+
+
+def is_blank(row: dict[str, Any]) -> bool:
+    """Whether a row has no document or no summary: some of XSum have none."""
+    return not (row["document"].strip() and row["summary"].strip())
 
 
 def prompt_of(document: str, words: int) -> str:
@@ -135,6 +145,8 @@ def write_data(plan: Plan, options: argparse.Namespace) -> None:
         return
     found: dict[str, dict[str, Any]] = {}
     for row in rows.checked(plan.files, FIELDS, "XSum"):
+        if is_blank(row):
+            continue
         prompt = prompt_of(row["document"], options.words)
         entry = found.setdefault(prompt, {"prompt": prompt, "document": row["document"], "summaries": []})
         entry["summaries"].append(row["summary"])
@@ -177,7 +189,7 @@ def tables(plan: Plan, runs: dict[str, FinishedRun]) -> list[Table]:
         differs = [
             f"model: {model}, where the paper has T5, an encoder with a decoder",
             f"data: {train:,} documents to train on and {test:,} held out, cut to {plan.options['words']} words, where "
-            f"XSum has {PAPER_ROWS:,} to train on",
+            f"XSum has {PAPER_ROWS:,} to train on; {plan.counts[BLANK] or 0} rows without a text are left out",
             f"rewards: {names}; the paper has entailment (NLI), ROUGE-LSum and a preference reward",
             f"steps: {config.steps}, of {config.prompts_per_step} prompts and {config.samples_per_prompt} samples of "
             "each; the paper shows 10,000, 60,000 and 90,000",

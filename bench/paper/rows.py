@@ -66,6 +66,6 @@ def checked(files: Sequence[Path], fields: dict[str, type | tuple[type, ...]], w
                 f"{', '.join(fields)} in each row"
             )
         for name, kind in fields.items():
-            if not isinstance(row[name], kind) or (kind is str and not row[name].strip()):
+            if not isinstance(row[name], kind):
                 raise ValueError(f"{place}: {name} is {str(row[name])[:40]!r}, which {what} cannot have there")
         yield row

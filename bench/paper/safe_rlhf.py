@@ -14,6 +14,7 @@ from bench.paper import rows
 from bench.paper.plan import ALIGN, Job, Plan
 from bench.paper.tables import Table, front_table, paper_of
 from mopl.experiments.run import FinishedRun
+from mopl.language_models import load_preferences
 
 PAPER_PAIRS, PAPER_MODEL = 83_400, "gpt2"
 COMMON: dict[str, Any] = {
@@ -50,8 +51,11 @@ def prepare(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
             "trade-off; name data in which the two labels disagree"
         )
     settings["data"] = str(files[0] if len(files) == 1 else options.path)
-    lists = min(counts["pairs"], settings.get("limit") or counts["pairs"])
-    job = Job("all", "safe-rlhf", ALIGN, settings, lists=lists)
+    data = load_preferences(  # all of it, as the run will: the probe reads a few rows alone
+        settings["data"], format=settings["format"], on_error=settings.get("on_error", "raise"),
+        limit=settings.get("limit"),
+    )  # fmt: skip
+    job = Job("all", "safe-rlhf", ALIGN, settings, lists=len(data))
     return Plan("safe-rlhf", options.out, [job], files, {}, dict(counts))
 
 

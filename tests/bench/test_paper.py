@@ -37,6 +37,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples.mslr(folder / "mslr", queries=6, items=6)
     samples.safe_rlhf(folder / "safe-rlhf.jsonl", pairs=40)
     samples.xsum(folder / "xsum.jsonl", documents=20)
+    with (folder / "xsum.jsonl").open("a") as file:  # as some of XSum's are
+        file.write(json.dumps({"document": " ", "summary": "Nothing.", "id": "1"}) + "\n")
     words = [*samples.PLAIN, *samples.DETAILED, *samples.CAREFUL, *samples.RASH, *samples.ASIDES, *samples.PLACES]
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tiny.merging(words, tiny.SPECIAL[:4]), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -203,6 +205,7 @@ def test_safe_rlhf(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (lambda row: row.pop("safer_response_id"), "line 3 has no safer_response_id (it has prompt, response_0"),
         (lambda row: row.update(better_response_id=2), "row 3 has better_response_id 2 but it must be 0 or 1"),
+        (lambda row: row.update(response_1=" "), "mend these rows, or pass --on-error skip"),
         (lambda row: row.update(response_1=None), "line 3: response_1 is 'None', which PKU-SafeRLHF cannot have"),
     ],
 )
@@ -254,6 +257,7 @@ def test_clp_summary(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = (out / "table.md").read_text()
     assert text.count("none is at hand") == 2 and "The paper's figures (" not in text
     assert "18 documents to train on and 2 held out, cut to 30 words" in text
+    assert "1 rows without a text" in text
     for group in ("two-rewards", "one-reward"):
         assert (out / f"{group}.png").is_file()
 
