@@ -32,7 +32,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {"method": "all", "points": 11, "scales": ()}
 SMALL: dict[str, Any] = {"steps": 200, "base_steps": 100}
 SMALL_QUERIES = 200
-TITLES = {"five": "Five auxiliary objectives", "pair": "Two auxiliary objectives, quality and quality2"}
+TITLES = {"five": "five auxiliary objectives", "pair": "two auxiliary objectives, quality and quality2"}
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:

@@ -14,13 +14,17 @@ from mopl.report.records import write
 def draw(table: Table, path: Path) -> None:
     """Write the picture of a table."""
     notes = ["figures of a sample, not of the paper's data"] if table.sample else []
+    title = table.title
     if table.drift:
         _over_kl(table, path, notes)
         return
     repeated = max((entry["repetitions"] for entry in table.figures.values()), default=1)
     if repeated > 1:
-        notes.append(f"means of {repeated} folds; bars: one standard deviation over them")
-    plot_front(table.fronts, path, metric=table.metric, title=table.title, notes=["; ".join(notes)] if notes else ())
+        notes.append(f"means of {repeated} folds, bars: one standard deviation")
+    if len(table.fronts[0].objectives) > 2:  # a note stands over the first of many columns and would widen it
+        short = (["a sample"] if table.sample else []) + notes[int(table.sample) :]
+        title, notes = f"{title} ({'; '.join(short)})" if short else title, []
+    plot_front(table.fronts, path, metric=table.metric, title=title, notes=["; ".join(notes)] if notes else ())
 
 
 def _over_kl(table: Table, path: Path, notes: list[str]) -> None:
