@@ -111,7 +111,7 @@ def planned(options: argparse.Namespace) -> Any:
     plan = module_of(name).prepare(options, settings)
     for job in plan.jobs:
         job.config()  # settings that do not go together
-    known = set(settings_of(door.config)) | {"path", "out", "plan", "act", "debug", "quiet", "command"}
+    known = set(settings_of(door.config)) | {"path", "out", "plan", "act", "debug", "quiet", "command", "words_given"}
     own = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(options).items() if key not in known}
     plan.options = {**own, "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
     return plan

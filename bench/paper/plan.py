@@ -10,8 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mopl._files import discard_folder, remove_leftovers, write_file
+from mopl._files import TEMPORARY, discard_folder, write_file
+from mopl._records import read_json
 from mopl._terminal import shell
+from mopl.experiments.driver import FREE_ON_RESUME
 from mopl.experiments.run import FinishedRun, read_any
 from mopl.experiments.run_directory import CONFIG_FILE, read_run
 
@@ -121,8 +123,9 @@ class Plan:
         now = {"experiment": self.name, "options": self.options, "data": {_name(f): mark(f) for f in self.files}}
         now = json.loads(json.dumps(now))
         file = self.out / BEGUN
-        if self.out.is_dir():
-            remove_leftovers(self.out)  # of a process that was killed while it wrote
+        for entry in self.out.iterdir() if self.out.is_dir() else ():
+            if entry.is_file() and entry.name.startswith(TEMPORARY):  # of a process that was killed while it wrote
+                entry.unlink()
         if not file.is_file():
             if self.out.is_dir() and any(self.out.iterdir()):
                 raise ValueError(
@@ -131,7 +134,7 @@ class Plan:
             self.out.mkdir(parents=True, exist_ok=True)
             write_file(file, json.dumps(now, indent=2) + "\n")
             return
-        then = json.loads(file.read_text(encoding="utf-8"))
+        then = read_json(file, dict[str, Any], remedy="take it from a backup, or name a new folder")
         if then != now and not (self.out / "runs").exists():  # nothing is trained yet, after --plan or a mistake
             for name in ("data", "probe"):
                 if (self.out / name).exists():
@@ -144,7 +147,7 @@ class Plan:
         old, new = ({**each["options"], **each["options"].get("settings", {})} for each in (then, now))
         changed = [
             f"{name} was {_word(old.get(name))}, is {_word(new.get(name))}"
-            for name in sorted({*old, *new} - {"settings"})
+            for name in sorted({*old, *new} - {"settings", *FREE_ON_RESUME})
             if old.get(name) != new.get(name)
         ]
         files = sorted(name for name, value in now["data"].items() if then["data"].get(name) != value)

@@ -107,8 +107,8 @@ def test_mslr_goes_on_where_it_was_stopped_and_ends_with_the_same_figures(
     assert "30 queries in a fold, 2 of its folds" in text
 
     # A third time there is nothing to do, and with other options it is another experiment.
-    status, printed, _ = said(capsys, *words("whole", 1, 2))
-    assert status == 0 and "to do" not in printed and "run 1 of" not in printed
+    status, printed, complaint = said(capsys, *words("whole", 1, 2), "--log-every", 3)
+    assert status == 0 and "to do" not in printed and "run 1 of" not in printed, complaint
     for more, what in (
         (["--seed", 1], "seed was not given, is 1"), (["--points", 12], "points was not given, is 12"),
         (["--small"], "small was False, is True"),
