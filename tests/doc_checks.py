@@ -78,6 +78,10 @@ def check_python(words: list[str], written: str) -> None:
     """Check that a module or a script is there, and knows its options if it is one of the project."""
     if words[:2] == ["-m", "mopl"]:
         parse(words[2:])
+    elif words[:2] == ["-m", "bench.paper"]:
+        from bench.paper.__main__ import build_parser as parser_of_papers
+
+        parser_of_papers().parse_args(words[2:])
     elif words[0] == "-m" and words[1].startswith("bench."):
         check_script(ROOT / f"{words[1].replace('.', '/')}.py", words[2:])
     elif words[0] == "-m":

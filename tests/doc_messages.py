@@ -13,7 +13,7 @@ LEAST = 0.4  # of a quoted message must be words of the source, not values
 def templates() -> list[tuple[str | None, ...]]:
     """Return every text of the source: the parts of an f-string, with None in place of a value."""
     found: dict[tuple[str | None, ...], None] = {}
-    for file in sorted((ROOT / "mopl").rglob("*.py")):
+    for file in sorted([*(ROOT / "mopl").rglob("*.py"), *(ROOT / "bench/paper").glob("*.py")]):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (each.value if isinstance(each, ast.Constant) else None for each in node.values)
