@@ -207,7 +207,8 @@ class SavedModel(nn.Module):
             return True
         if self.SAVES_ALL or not is_peft(self.model):
             return self._saves_inside
-        embeddings = (self.get_input_embeddings(), self.get_output_embeddings())  # PEFT writes those that were resized
+        base = self.model.get_base_model()
+        embeddings = (base.get_input_embeddings(), base.get_output_embeddings())  # PEFT writes those that were resized
         inside = any(parameter is own for part in embeddings if part is not None for own in part.parameters())
         return inside or parameter.requires_grad or not set(self._adapters).isdisjoint(name.split("."))
 

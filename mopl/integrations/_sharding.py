@@ -42,7 +42,7 @@ def check_sharding(accelerator: Any, model: Any) -> None:
             f"a {name} mixes its parameters before its layers run, and under {kind} no process has them whole then; "
             "train it on one device or under DDP, or take a LoraMixture"
         )
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if kind != "FSDP" or plugin.fsdp_version != 2:
         found = f"version {plugin.fsdp_version} of FSDP" if kind == "FSDP" else kind
         raise NotImplementedError(

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mopl._rows import UnsupportedModelError
+from mopl._sharded import is_dtensor
 from mopl.conditioning.adapted import mixed_copies
+from mopl.language_models._split_head import SplitHead
 from mopl.ops import linear_jsd, linear_kl, linear_logprob
 from mopl.ops.head_statistics import head_statistics
 
@@ -162,6 +164,11 @@ def find_head(model: nn.Module) -> Any:
             f"the output head is a {type(head).__name__} without a weight of shape (vocabulary, hidden); "
             "only linear heads can be fused"
         )
+    if is_dtensor(weight) and mixed_copies(head) is not None:
+        raise UnsupportedModelError(
+            "the output head is a mixture of copies (modules_to_save) and split over processes, which is not known "
+            "here; leave the head out of modules_to_save, or out of the plan of tensor parallelism"
+        )
     if not weight.is_floating_point():
         raise UnsupportedModelError(
             f"the output head's weight has dtype {weight.dtype}; a quantised head cannot be fused. "
@@ -269,12 +276,14 @@ def _score_hidden(
         )
     own, weight, bias = _operands(head, hidden[:, -length:])
     targets = targets.to(weight.device)
+    split = SplitHead.of(head)
     with_logsumexp = request.return_logsumexp or bool(request.statistics)
     options: dict[str, Any] = {
         "bias": bias,
         "temperature": request.temperature,
         "softcap": transform.softcap,
         "logit_scale": transform.logit_scale,
+        "group": None if split is None else split.group,
     }
     parts: dict[str, Tensor] = {}
     if request.return_log_probs or with_logsumexp or request.return_entropy:
@@ -324,6 +333,8 @@ def _divergence(student: HeadStates, teacher: HeadStates, targets: Tensor, how: 
         given[f"{prefix}logit_scale"], given[f"{prefix}softcap"] = side.transform.logit_scale, side.transform.softcap
     if teacher.transform.softcap is None:
         given["teacher_softcap"] = math.inf  # None would be the student's
+    if is_dtensor(student.weight):
+        given["group"] = SplitHead(student.weight).group
     found = linear_jsd(
         student.hidden, student.weight, teacher.hidden.to(student.weight.device),
         teacher.weight.to(student.weight.device), **given,
