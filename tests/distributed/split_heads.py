@@ -93,7 +93,7 @@ def compare(what: str, model, alone, rows: slice = slice(None)) -> None:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    error = float((actual.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
+    error = float((actual.detach() - expected.detach()).abs().max() / expected.detach().abs().max().clamp(min=1e-9))
     assert error <= 1e-6, f"{what}: relative error {error:.2e}"
 
 
