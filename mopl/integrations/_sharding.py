@@ -27,6 +27,15 @@ def refuse_sharded_rollouts(accelerator: Any, model: Any) -> None:
         )
 
 
+def refuse_sharded_moving(accelerator: Any) -> None:
+    """Raise where TRL would move a reference that is cut into shards."""
+    if (kind := distribution_of(accelerator)) in SHARDED:
+        raise NotImplementedError(
+            f"sync_ref_model is True, and under {kind} the parameters that TRL moves are shards, or copies "
+            "that are thrown away; train on one device or under DDP, or leave it out"
+        )
+
+
 def check_sharding(accelerator: Any, model: Any) -> None:
     """Raise where a model would have to be sharded in a way that is not its own.
 
@@ -58,19 +67,26 @@ def check_sharding(accelerator: Any, model: Any) -> None:
         )
 
 
-def prepare_sharding(accelerator: Any, model: Any) -> None:
-    """Make a model ready for FSDP2 as accelerate applies it, if it does: all processes alike, trade-offs exact.
+def prepare_sharding(accelerator: Any, *, model: Any = None) -> None:
+    """Let FSDP2 as accelerate applies it, if it does, train what one process would.
 
-    accelerate leaves each process the shard of its own values, and casts what a model is given to the training's
-    precision: weights of objectives would be rounded to 16 bit, and no longer sum to 1.
+    It casts what modules are given, and what they give, to the training's precision. Weights of objectives would be
+    rounded to 16 bit, and no longer sum to 1; and log-probabilities, which the head gives here in the place of logits.
+
+    Args:
+        accelerator: accelerate's, before it has sharded the policy.
+        model: The policy, if all processes are to have the first one's values, as under DDP; FSDP2 leaves each the
+            shard of its own.
     """
     if distribution_of(accelerator) != "FSDP":
         return
-    broadcast_parameters(model, accelerator.device)
+    if model is not None:
+        broadcast_parameters(model, accelerator.device)
     plugin = accelerator.state.fsdp_plugin
-    if isinstance(model, WeightedModel) and plugin.mixed_precision_policy is not None:
-        policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
-        plugin.mixed_precision_policy = policy  # what layers get is cast by autocast, as under DDP
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        # Layers compute in the precision of their parameters and of autocast, as under DDP.
+        exact = {"cast_forward_inputs": False, "output_dtype": None}
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **exact)
 
 
 def prepare_reference(accelerator: Any, model: Any) -> Any:

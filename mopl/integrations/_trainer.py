@@ -123,9 +123,10 @@ class ListTrainer(WeightedCheckpoints, StepTrainer):
     def check_reference_placement(self, ref_model: Any) -> None:
         """Raise where the reference would have to be sharded; give all processes the same one."""
         within = self.own is not None and self.own.kind != "base" and not self._precompute
-        if isinstance(self.model, WeightedModel) or within:
+        weighted = isinstance(self.model, WeightedModel)
+        if weighted or within:
             check_sharding(self.accelerator, self.model)
-            prepare_sharding(self.accelerator, self.model)
+        prepare_sharding(self.accelerator, model=self.model if weighted or within else None)
         if ref_model is not None:
             check_sharding(self.accelerator, ref_model)
         if self.own is not None:

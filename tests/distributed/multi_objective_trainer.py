@@ -87,7 +87,8 @@ def run(name, folder, processes, **options):
     metrics |= {k: v for k, v in found.items() if k.startswith(("eval_helpful", "eval_harmless", "eval_loss@"))}
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
-    return {"parameters": parameters, "metrics": metrics, "class": type(trainer.model).__name__}
+    classes = {"class": type(trainer.model).__name__, "reference": type(trainer.ref_model).__name__}
+    return {"parameters": parameters, "metrics": metrics, **classes}
 
 
 if __name__ == "__main__":

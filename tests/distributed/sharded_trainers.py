@@ -19,18 +19,15 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from ending import leave
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from mopl.conditioning import HyperPromptModel, TextPrompt, TextPromptModel
+from mopl.conditioning import TextPrompt, TextPromptModel, WeightedModel
+from mopl.language_models.head import FusedOutput
 
 NAMES = ("helpful", "harmless")
-KINDS = (
-    "conditioned", "lora mixture", "adapters", "plain", "reference adapter", "hyper prompt, adapters", "words",
-    "words, all of the model",
-)  # fmt: skip
-
-
-SAVED = ("conditioned", "lora mixture", "words, all of the model")  # of which checkpoints are tried, too
+KINDS = ("conditioned", "lora mixture", "adapters", "plain", "reference adapter", "words")
+SAVED = ("conditioned", "lora mixture", "words")  # of which checkpoints are tried, too
 
 
 def shard_on_cpus() -> None:
@@ -41,6 +38,8 @@ def shard_on_cpus() -> None:
         made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
         if self.__dict__.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
 
@@ -49,14 +48,12 @@ def shard_on_cpus() -> None:
 
 def build(kind: str):
     """Return a model, and further arguments of its trainer."""
-    if kind.startswith("words"):
+    if kind == "words":  # of which all is trained, and the head is the embedding
         from tiny_language_models import tokenizer
 
         inner = small.build("plain")
-        if kind == "words":
-            torch.manual_seed(1)
-            config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-            inner = peft.get_peft_model(inner, config)
+        inner.config.tie_word_embeddings = True
+        inner.tie_weights()
         return TextPromptModel(inner, TextPrompt(NAMES), tokenizer(size=61)), {}
     if kind == "reference adapter":  # the head is in a group that stays whole behind its forward pass
         torch.manual_seed(1)
@@ -67,16 +64,15 @@ def build(kind: str):
         model.add_adapter("policy", config)
         model.set_adapter("policy")
         return model, {"reference_adapter": "other"}
-    if kind == "hyper prompt, adapters":
-        torch.manual_seed(1)
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-        made = small.build("conditioned")
-        return HyperPromptModel(peft.get_peft_model(made.model, config), made.hyper_prompt), {}
     return small.build(kind), {}
 
 
 def run(kind: str, folder: Path, processes: int, **options) -> dict:
     model, more = build(kind)
+    if kind == "conditioned" and processes > 1:  # the first process decides, as under DDP
+        with torch.no_grad():
+            for parameter in model.hyper_prompt.parameters():
+                parameter.add_(float(os.environ["RANK"]))
     return small.run(kind, folder, processes, model=model, more=more, **options)
 
 
@@ -112,6 +108,34 @@ def checkpoints(place: Path, kind: str, processes: int, main: bool) -> None:
         torch.save(expected, place / f"{kind}, saved.pt")
 
 
+def precision(place: Path, kind: str) -> None:
+    """In 16 bit, weights and log-probabilities keep theirs: only layers compute in the training's."""
+    model, more = build(kind)
+    seen = {"weights": [], "log_probs": []}
+    filled, unless_fixed = FusedOutput.filled, WeightedModel._unless_fixed
+
+    def spy(self, **given):
+        seen["weights"] += [given["weights"]] if given.get("weights") is not None else []
+        return unless_fixed(self, **given)
+
+    def note(parts, output):
+        seen["log_probs"].append(parts["log_probs"])
+        return filled(parts, output)
+
+    WeightedModel._unless_fixed, FusedOutput.filled = spy, staticmethod(note)
+    try:
+        trainer = small.make(kind, place / "bf16", 2, model=model, more=more, bf16=True, max_steps=1)
+        trainer.train()
+    finally:
+        WeightedModel._unless_fixed, FusedOutput.filled = unless_fixed, filled
+    group = trainer.model.causal_lm if isinstance(model, WeightedModel) else trainer.model
+    assert isinstance(group.model.layers[0], FSDPModule)
+    assert seen["log_probs"] and bool(seen["weights"]) == isinstance(model, WeightedModel)
+    assert all(value.dtype == torch.float32 for values in seen.values() for value in values), kind
+    assert all((value != value.bfloat16()).any() for value in seen["log_probs"]), f"{kind}: rounded log-probabilities"
+    assert all(torch.allclose(w.sum(-1), torch.ones(()), atol=1e-6) for w in seen["weights"])
+
+
 def main(place: Path, kinds: list[str]) -> None:
     shard_on_cpus()
     torch.set_num_threads(1)
@@ -119,12 +143,15 @@ def main(place: Path, kinds: list[str]) -> None:
     for kind in kinds:
         found = run(kind, place / "runs" / kind, processes)
         assert found["class"].startswith("FSDP"), f"{kind} was not sharded"
+        assert found["reference"].startswith("FSDP") == (kind in ("plain", "words")), f"{kind}: {found['reference']}"
         found["parameters"] = whole(found["parameters"])
         if rank == 0:
             torch.save(found, place / f"{kind}-{processes}.pt")
     if processes == 2:
         for kind in SAVED:
             checkpoints(place, kind, processes, rank == 0)
+        for kind in ("conditioned", "plain"):
+            precision(place, kind)
     if rank == 0:
         print("sharded trainers are done")
 

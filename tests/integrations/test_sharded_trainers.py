@@ -17,10 +17,10 @@ sys.path.insert(0, str(DISTRIBUTED))
 import sharded_trainers
 
 from mopl.conditioning import ParameterMixture, WeightedModel
-from mopl.integrations._sharding import check_sharding, refuse_sharded_rollouts
+from mopl.integrations._sharding import check_sharding, refuse_sharded_moving, refuse_sharded_rollouts
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-FOUR = ("conditioned", "lora mixture")
+FOUR = ("lora mixture", "words")
 
 
 def start(processes: int, folder: Path, *kinds: str, **environment: str) -> None:
@@ -55,7 +55,7 @@ def test_two_and_four_shards_train_what_one_process_trains_and_their_checkpoints
     for kind in sharded_trainers.SAVED:  # resumed bit for bit by the two processes; here a single one opens them
         trained = torch.load(tmp_path / f"{kind}, saved.pt")
         for folder in (tmp_path / f"{kind}, saved", tmp_path / kind / "checkpoint-4"):
-            base = None if kind.startswith("words") else sharded_trainers.small.build("plain")
+            base = None if kind == "words" else sharded_trainers.small.build("plain")
             own = dict(WeightedModel.from_pretrained(folder, base).named_parameters())
             assert all(torch.equal(own[name], value) for name, value in trained.items()), (kind, folder)
             assert not list(folder.glob("pytorch_model_fsdp*"))  # nothing is written twice
@@ -90,5 +90,8 @@ def test_mixtures_of_parameters_and_rollouts_are_refused_under_sharding():
         check_sharding(accelerator_of("FSDP"), mixture)
     with pytest.raises(NotImplementedError, match="one whose completions end early would leave the others waiting"):
         refuse_sharded_rollouts(accelerator_of("FSDP"), mixture)
+    with pytest.raises(NotImplementedError, match="sync_ref_model is True, and under DEEPSPEED"):
+        refuse_sharded_moving(accelerator_of("DEEPSPEED"))
     check_sharding(accelerator_of("MULTI_GPU"), mixture)
+    refuse_sharded_moving(accelerator_of("MULTI_GPU"))
     refuse_sharded_rollouts(accelerator_of("MULTI_GPU"), mixture)
