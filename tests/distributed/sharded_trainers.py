@@ -26,7 +26,8 @@ from mopl.conditioning import TextPrompt, TextPromptModel, WeightedModel
 from mopl.language_models.head import FusedOutput
 
 NAMES = ("helpful", "harmless")
-KINDS = ("conditioned", "lora mixture", "adapters", "plain", "reference adapter", "words")
+ONE_GROUP = ", layers in one group"
+KINDS = ("conditioned", "lora mixture", f"lora mixture{ONE_GROUP}", "adapters", "plain", "reference adapter", "words")
 SAVED = ("conditioned", "lora mixture", "words")  # of which checkpoints are tried, too
 
 
@@ -48,6 +49,7 @@ def shard_on_cpus() -> None:
 
 def build(kind: str):
     """Return a model, and further arguments of its trainer."""
+    kind = kind.removesuffix(ONE_GROUP)
     if kind == "words":  # of which all is trained, and the head is the embedding
         from tiny_language_models import tokenizer
 
@@ -69,6 +71,8 @@ def build(kind: str):
 
 def run(kind: str, folder: Path, processes: int, **options) -> dict:
     model, more = build(kind)
+    # In one group with the model around them, layers stay whole behind a forward pass of the reference.
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP" if kind.endswith(ONE_GROUP) else "TRANSFORMER_BASED_WRAP"
     if kind == "conditioned" and processes > 1:  # the first process decides, as under DDP
         with torch.no_grad():
             for parameter in model.hyper_prompt.parameters():
