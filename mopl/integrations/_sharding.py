@@ -17,16 +17,6 @@ from mopl.training.parallel import broadcast_parameters, distribution_of
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
 
 
-def refuse_sharded_rollouts(accelerator: Any, model: Any) -> None:
-    """Raise where completions of a model that takes weights would be sampled from shards."""
-    if (kind := distribution_of(accelerator)) in SHARDED:
-        raise NotImplementedError(
-            f"a {type(model).__name__} samples completions by its own generate, and under {kind} the processes gather "
-            "each layer together for each token, so that one whose completions end early would leave the others "
-            "waiting; train on one device or under DDP"
-        )
-
-
 def refuse_sharded_moving(accelerator: Any) -> None:
     """Raise where TRL would move a reference that is cut into shards."""
     if (kind := distribution_of(accelerator)) in SHARDED:

@@ -47,7 +47,7 @@ from mopl.conditioning.sampling import check_weights
 from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._checkpoints import WeightedCheckpoints
 from mopl.integrations._objective import names_of
-from mopl.integrations._rollout_checks import check_model, check_release
+from mopl.integrations._rollout_checks import check_model, check_release, refuse_sharded_rollouts
 from mopl.integrations._rollouts import (
     InnerReference,
     OfRows,
@@ -60,7 +60,6 @@ from mopl.integrations._rollouts import (
 )
 from mopl.integrations._settings import with_help
 from mopl.integrations._setup import reference_name
-from mopl.integrations._sharding import refuse_sharded_rollouts
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.pareto.front import Front
 from mopl.pareto.grid import weight_grid

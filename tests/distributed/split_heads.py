@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers.distributed import DistributedConfig
 
 from mopl.language_models.divergences import Distillation, states_of
 from mopl.language_models.head import UnsupportedModelError, fuse, score_sequences
@@ -111,7 +112,8 @@ def by_transformers(place: Path, family: str, tied: bool) -> None:
     if dist.get_rank() == 0:
         build(family, tied).save_pretrained(folder)
     dist.barrier()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float64)
+    plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **plan)
     assert isinstance(model.lm_head.weight, DTensor)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     compare(f"tp_plan of {family}, tied={tied}", fuse(model).eval(), fuse(build(family, tied)).eval())

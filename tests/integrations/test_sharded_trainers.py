@@ -17,7 +17,8 @@ sys.path.insert(0, str(DISTRIBUTED))
 import sharded_trainers
 
 from mopl.conditioning import ParameterMixture, WeightedModel
-from mopl.integrations._sharding import check_sharding, refuse_sharded_moving, refuse_sharded_rollouts
+from mopl.integrations._rollout_checks import refuse_sharded_rollouts
+from mopl.integrations._sharding import check_sharding, refuse_sharded_moving
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 FOUR = ("lora mixture", "words")
