@@ -164,11 +164,6 @@ def find_head(model: nn.Module) -> Any:
             f"the output head is a {type(head).__name__} without a weight of shape (vocabulary, hidden); "
             "only linear heads can be fused"
         )
-    if is_dtensor(weight) and mixed_copies(head) is not None:
-        raise UnsupportedModelError(
-            "the output head is a mixture of copies (modules_to_save) and split over processes, which is not known "
-            "here; leave the head out of modules_to_save, or out of the plan of tensor parallelism"
-        )
     if not weight.is_floating_point():
         raise UnsupportedModelError(
             f"the output head's weight has dtype {weight.dtype}; a quantised head cannot be fused. "

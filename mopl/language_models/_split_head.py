@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mopl._rows import UnsupportedModelError
 from mopl._sharded import is_dtensor
+from mopl.conditioning.adapted import mixed_copies
 
 
 class SplitHead:
@@ -44,8 +45,19 @@ class SplitHead:
 
     @classmethod
     def of(cls, head: Any) -> SplitHead | None:
-        """Return that of a head, or None where the vocabulary is whole."""
-        return cls(head.weight) if is_dtensor(head.weight) else None
+        """Return that of a head that runs now, or None where the vocabulary is whole.
+
+        Raises:
+            UnsupportedModelError: If the head is cut in another way, or a mixture.
+        """
+        if not is_dtensor(head.weight):
+            return None
+        if mixed_copies(head) is not None:
+            raise UnsupportedModelError(
+                "the output head is a mixture of copies (modules_to_save) and split over processes, which is not known "
+                "here; leave the head out of modules_to_save, or out of the plan of tensor parallelism"
+            )
+        return cls(head.weight)
 
     def is_laid_out(self, hidden: Any) -> bool:
         """Say whether hooks around the head speak of DTensors; raise if they give it other rows on each process."""

@@ -102,10 +102,12 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
     probe = torch.logspace(-4, 4.4, vocabulary, dtype=torch.float64)[order]
     probe[torch.rand(vocabulary, generator=generator) < 0.5] *= -1.0
     seen: list[torch.Size] = []
-    split = SplitHead.of(head)
+    split: SplitHead | None = None
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        nonlocal split
         seen.append(hidden.shape)
+        split = SplitHead.of(head)  # here: FSDP's hooks have gathered its own shards
         if split is not None and split.is_laid_out(hidden):
             part = split.part(probe).to(hidden.device).expand(*hidden.shape[:-1], -1).clone()
             return split.handed_on(part, vocabulary)
@@ -115,6 +117,8 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
     try:
         with evaluating(model), torch.no_grad(), measuring(), _forward_replaced(head, forward):
             output = original_forward(input_ids=inputs, use_cache=False)
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         try:  # a kernel that this machine cannot run, say, has nothing to do with the probe
             with evaluating(model), torch.no_grad(), measuring():
@@ -217,7 +221,7 @@ class FusedForward:
             return self.original(*args, **kwargs)
         request = HeadRequest.taken(kwargs)
         with _scoring():
-            if SplitHead.of(find_head(self.model)) is not None:
+            if is_dtensor(find_head(self.model).weight):
                 self.measure()  # first: from parts of logits processes could conclude different things about rows
             return self._scored(targets, request, arranged(self.model, self._named(args, kwargs)))
 
@@ -240,12 +244,14 @@ class FusedForward:
         transform, name = self.measure(), type(self.model).__name__
         current = find_head(self.model)
         names: list[str] = []
-        split = SplitHead.of(current)
-        if split is not None:
-            split.check_targets(targets)
+        split: SplitHead | None = None
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            hidden = hidden if split is None else split.plain(hidden)
+            nonlocal split
+            split = SplitHead.of(current)  # here: FSDP's hooks have gathered its own shards
+            if split is not None:
+                split.check_targets(targets)
+                hidden = split.plain(hidden)
             if request.return_states:
                 output = hidden.clone()  # what changes it behind the head is seen below
             else:
