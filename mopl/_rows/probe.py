@@ -28,6 +28,7 @@ from torch._compile import _disable_dynamo
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl._rows.styles import Finding, Style, compute_dtype, embedding_of, packed_keywords, positions_of, styles
+from mopl._sharded import is_dtensor
 from mopl._threads import measuring
 
 # The second row is the beginning of the first, 17 tokens, which shows whether a model reads ahead. Lengths are odd, or
@@ -122,6 +123,8 @@ class _Probe:
             name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in keywords.items()
         }
         logits = self.model.forward(**inputs, use_cache=False).logits
+        if is_dtensor(logits):  # whole, so that all processes of a split head come to one conclusion
+            logits = logits.full_tensor()
         self.dtypes.add(logits.dtype)
         return logits.detach().double().cpu()
 

@@ -16,6 +16,7 @@ from mopl._arguments import check_beta_given, check_choice, readable, shape_of
 from mopl._counted import counted, there_are
 from mopl._records import Finite
 from mopl._renamed import renamed_attribute, renamed_in_methods
+from mopl._sharded import is_sharded
 from mopl._threads import in_turn
 from mopl.conditioning.adapted import Place, held
 from mopl.conditioning.merging import set_name
@@ -174,7 +175,12 @@ class Mixture(WeightedModel):
         return values[0] if values.ndim == 2 and len(values) == 1 else values
 
     def _one(self, weights: Weights, beta: Any, kl_weight: float | Tensor | None) -> Tensor:
-        """Return the coefficients (sets,) of one mixture."""
+        """Return the coefficients (sets,) of one mixture, to be made now."""
+        if is_sharded(self):
+            raise RuntimeError(
+                "the model is sharded by FSDP2, where no process has the parameters of a mixture whole; call "
+                "save_pretrained in every process and load the folder in one, or generate with weights"
+            )
         self.conditions(weights, beta, kl_weight)
         coefficients = self.coefficients_of(weights, kl_weight)
         if coefficients.ndim != 1:

@@ -17,6 +17,7 @@ from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._restoring import freeze
+from mopl._sharded import is_dtensor
 from mopl.conditioning.causal_lm import output_head
 from mopl.conditioning.merging import set_name
 
@@ -94,6 +95,16 @@ def state_of(sets: Sequence[Sequence[nn.Parameter]]) -> tuple[Any, ...]:
     """Return what changes where parameters do, and what kind of tensors are made of them."""
     own = [(p._version, p.data_ptr(), p.dtype, p.device) for each in sets for p in each]
     return (*own, _steps["taken"], torch.is_inference_mode_enabled())
+
+
+def check_whole(sets: list[list[nn.Parameter]]) -> list[list[nn.Parameter]]:
+    """Return sets of parameters; raise where FSDP2 or tensor parallelism has cut some of them into shards."""
+    if any(is_dtensor(parameter) for each in sets for parameter in each):
+        raise NotImplementedError(
+            "parameters of the ParameterMixture are cut into shards, and it mixes them before its layers run, where "
+            "none of them is gathered; train it with DDP, or take a LoraMixture"
+        )
+    return sets
 
 
 # ---------------------------------------------------------------- rows that share a mixture

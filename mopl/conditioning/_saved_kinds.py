@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._records import damaged, read_json
+from mopl._sharded import gathered, is_sharded, resharded, set_shards
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
-from mopl.conditioning.adapted import adapter_state
+from mopl.conditioning.adapted import adapter_state, held, shared_places
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
@@ -44,6 +47,7 @@ class SavedModel(nn.Module):
     KIND: ClassVar[str]  # as `mopl.json` says
     SCHEMA: ClassVar[type[Record]] = SettingsRecord  # of what `mopl.json` says
     WEIGHTS_FILE: ClassVar[str | None] = "conditioning.safetensors"  # of what is trained and no adapter
+    SAVES_ALL: ClassVar[bool] = False  # whether its files have all parameters of the model inside, adapters or not
     model: Any
     record: TuningRecord
 
@@ -68,18 +72,28 @@ class SavedModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike[str], **options: Any) -> None:
         """Write `mopl.json` and what was trained into a folder, without a base model that is frozen.
 
-        A `ParameterMixture`, and a `TextPromptModel` of a model without adapters, write the whole model.
+        A `ParameterMixture`, and a `TextPromptModel` of a model without adapters, write the whole model. Where FSDP2
+        has sharded the model, every process must call this: the first one writes the whole tensors.
 
         Args:
             directory: The folder.
             **options: `tokenizer=False` of a `TextPromptModel` leaves its tokenizer out, for where the base model has
-                the same. What else trainers pass to models of transformers changes nothing.
+                the same; `is_main_process` says which processes write the files of a sharded model, if it is not
+                the first one. What else trainers pass to models of transformers changes nothing.
         """
         if self.WEIGHTS_FILE is not None:
             require("safetensors")  # before a folder is made
         own = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))  # not FSDP's
         named = {} if "KIND" in own.__dict__ else {"subclass": f"{own.__module__}.{own.__qualname__}"}
         told = {"kind": self.KIND, **named, **self.record.to_dict(), **self._described()}
+        writes = True
+        if is_sharded(self):
+            writes = bool(options.get("is_main_process", torch.distributed.get_rank() == 0))
+        with self._whole(writes):
+            if writes:
+                self._save(directory, told, options)
+
+    def _save(self, directory: str | os.PathLike[str], told: dict[str, Any], options: dict[str, Any]) -> None:
         described = json.dumps(told, indent=2) + "\n"
 
         def fill(folder: Path) -> None:
@@ -160,8 +174,48 @@ class SavedModel(nn.Module):
                     "trained; load it by from_pretrained"
                 )
         states = read_adapters(self.model, {name: adapter_folder(folder, name) for name in found})
-        self._read_state(folder)
-        set_adapters(self.model, states)
+        with self._whole(True, changed=True):
+            self._read_state(folder)
+            if not is_sharded(self):
+                return set_adapters(self.model, states)
+            for name, state in states.items():  # PEFT would load them by what FSDP2 watches
+                own = {**self.model.state_dict(), **adapter_state(self.model, name)}
+                for key, value in state.items():
+                    own[key].copy_(value)
+
+    @contextlib.contextmanager
+    def _whole(self, present: bool, *, changed: bool = False) -> Iterator[None]:
+        """Have the parameters that files hold whole inside a `with` block, if FSDP2 has sharded the model.
+
+        Args:
+            present: Whether this process has them; the others only do their part.
+            changed: The block changes them, in all processes alike, and the shards are to follow.
+        """
+        if not is_sharded(self):
+            yield
+            return
+        with resharded(self):
+            own = {name: p for name, p in self.named_parameters() if self._is_in_files(name, p)}
+            whole = gathered(own, keep=present)
+            with held(shared_places(self, {id(own[name]): value for name, value in whole.items()})):
+                yield
+            if changed:
+                set_shards(own, whole)
+
+    def _is_in_files(self, name: str, parameter: nn.Parameter) -> bool:
+        if not name.startswith("model."):
+            return True
+        if self.SAVES_ALL or not is_peft(self.model):
+            return self._saves_inside
+        base = self.model.get_base_model()
+        embeddings = (base.get_input_embeddings(), base.get_output_embeddings())  # PEFT writes those that were resized
+        inside = any(parameter is own for part in embeddings if part is not None for own in part.parameters())
+        return inside or parameter.requires_grad or not set(self._adapters).isdisjoint(name.split("."))
+
+    @property
+    def _saves_inside(self) -> bool:
+        """Whether files hold the model inside where it has no adapters."""
+        return self.SAVES_ALL
 
     @torch.no_grad()
     def _read_state(self, folder: Path) -> None:

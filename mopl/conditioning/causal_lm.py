@@ -24,7 +24,7 @@ DELEGATED = frozenset(
     "is_gradient_checkpointing activation_checkpointing_enable activation_checkpointing_disable "
     "is_activation_checkpointing supports_gradient_checkpointing enable_input_require_grads get_input_embeddings "
     "get_output_embeddings name_or_path hf_device_map is_quantized is_loaded_in_8bit is_loaded_in_4bit "
-    "hf_quantizer quantization_method _no_split_modules main_input_name warnings_issued".split()
+    "hf_quantizer quantization_method _no_split_modules main_input_name warnings_issued tie_weights".split()
 )
 
 

@@ -46,6 +46,7 @@ from mopl.conditioning._parameter_mixture_lora import LoraMixture, write_adapter
 from mopl.conditioning._parameter_mixture_parts import (
     MODEL_FOLDER,
     check_batch,
+    check_whole,
     group_rows,
     join_generated,
     join_rows,
@@ -102,7 +103,7 @@ class ParameterMixture(Mixture):
         ValueError: If the scope names no parameter, or numbers of sets or objectives do not fit.
     """
 
-    KIND, SCHEMA, WEIGHTS_FILE, SAVES_ALL = "ParameterMixture", _Record, WEIGHTS_FILE, True
+    KIND, SCHEMA, WEIGHTS_FILE, SAVES_ALL, SHARDS = "ParameterMixture", _Record, WEIGHTS_FILE, True, False
 
     def __init__(
         self,
@@ -164,12 +165,11 @@ class ParameterMixture(Mixture):
     def mixed(self, coefficients: Tensor) -> list[Tensor]:
         """Return Σ_i c_i θ_S^i for coefficients (sets,): differentiable, summed in float32 and rounded once."""
         result = []
-        for each in zip(*self.sets, strict=True):
-            wide = compute_dtype(each[0])
-            shares = coefficients.to(each[0].device, wide)
-            total = shares[0] * each[0].to(wide)
+        for each in zip(*check_whole(self.sets), strict=True):
+            shares = coefficients.to(each[0].device, compute_dtype(each[0]))
+            total = shares[0] * each[0].to(shares.dtype)
             for i, parameter in enumerate(each[1:], start=1):
-                total = total + shares[i] * parameter.to(wide)
+                total = total + shares[i] * parameter.to(shares.dtype)
             result.append(total.to(each[0].dtype))
         return result
 

@@ -108,6 +108,10 @@ class TextPromptModel(PromptedModel):
         """Not where a plain model is trained itself, or was: what it was before is no longer here."""
         return is_peft(self.model) or not (self._was_trained or any(p.requires_grad for p in self.model.parameters()))
 
+    @property
+    def _saves_inside(self) -> bool:
+        return True
+
     def write_weights(self, input_ids: Sequence[int] | Tensor, weights: Weights, beta: Any = None) -> list[int]:
         """Return the tokens of a prompt with the trade-off written into them; see `TextPrompt.prepend_ids`."""
         return self.text_prompt.prepend_ids(input_ids, weights, self.tokenizer, beta)  # type: ignore[arg-type]
@@ -159,6 +163,10 @@ class TextPromptModel(PromptedModel):
         super().load_weights(directory)
         if is_peft(self.model):
             return
+        with self._whole(True, changed=True):
+            self._load_inside(directory)
+
+    def _load_inside(self, directory: str | os.PathLike[str]) -> None:
         own = self.model.state_dict()
         found = _whole_model(Path(directory), {"dtype": self.model.dtype}).state_dict()
         shapes = ({name: value.shape for name, value in each.items()} for each in (found, own))

@@ -11,8 +11,10 @@ from mopl._extras import require
 
 require("transformers", "accelerate", what="mopl.integrations.transformers")
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from mopl._files import write_file
+from mopl._sharded import is_sharded
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.conditioning.weighted import WeightedModel
 from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
@@ -51,22 +53,49 @@ class WeightedCheckpoints(CheckedTrainer):
     def _checkpoint_folder(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, as `Trainer` does it; a `WeightedModel` that FSDP2 has sharded whole, in its own files.
+
+        Args:
+            output_dir: The folder; by default that of the arguments.
+            _internal_call: As in `Trainer`.
+        """
+        if not isinstance(self.model, WeightedModel) or not is_sharded(self.model):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir)  # in every process, whatever kind of state accelerate was asked for
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         adapter = None if self.own is None else self.own.adapter
         if not isinstance(self.model, WeightedModel) and adapter is None:
             return super()._save(output_dir, state_dict)
         folder = output_dir if output_dir is not None else self.args.output_dir
         assert folder is not None
-        if not self.args.should_save:
-            return
+        writes = self.args.should_save
         if isinstance(self.model, WeightedModel):
-            self.model.save_pretrained(folder)
-        else:  # the reference is no policy, and no part of what was trained
+            if writes or is_sharded(self.model):
+                self.model.save_pretrained(folder, is_main_process=writes)
+        elif writes:  # the reference is no policy, and no part of what was trained
             trained = [name for name in self.model.peft_config if name != adapter]
             self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
-        if self.processing_class is not None:
+        if writes and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
+        if writes:
+            write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
+
+    def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
+        """Write the state of optimizer and schedule; of a sharded `WeightedModel` without what its own files have."""
+        if not isinstance(self.model, WeightedModel) or not is_sharded(self.model):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        from accelerate.utils import save_fsdp_optimizer
+
+        # Trainer would write all parameters once more, those of the frozen model inside included.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_reference(Path(resume_from_checkpoint), self.reference_is)

@@ -11,6 +11,8 @@ from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._rollouts import RolloutArguments
 from mopl.integrations._setup import recomputes
+from mopl.integrations._sharding import SHARDED
+from mopl.training.parallel import distribution_of
 
 OLDEST = (1, 15)
 KINDS = (LoraMixture, HyperPromptModel, ParameterMixture)
@@ -22,6 +24,16 @@ def check_release(version: str) -> None:
         raise ImportError(
             f"MultiObjectiveGRPOTrainer needs trl >= {'.'.join(map(str, OLDEST))}, where a model's forward pass gives "
             f"the log-probabilities, but trl is {version}; pip install -U trl"
+        )
+
+
+def refuse_sharded_rollouts(accelerator: Any, model: Any) -> None:
+    """Raise where completions of a model that takes weights would be sampled from shards."""
+    if (kind := distribution_of(accelerator)) in SHARDED:
+        raise NotImplementedError(
+            f"a {type(model).__name__} samples completions by its own generate, and under {kind} the processes gather "
+            "each layer together for each token, so that one whose completions end early would leave the others "
+            "waiting; train on one device or under DDP"
         )
 
 

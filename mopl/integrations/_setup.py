@@ -26,6 +26,7 @@ from mopl.integrations._data import BETA, REFERENCE_COLUMNS, WEIGHTS, Example, E
 from mopl.integrations._options import check_options
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.integrations._sharding import SHARDED
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.head import fuse
@@ -34,8 +35,6 @@ from mopl.language_models.tokenization import pad_token
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo
 from mopl.training.optimizer import rounding_of
 from mopl.training.parallel import distribution_of
-
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
 
 # ---------------------------------------------------------------- models
 
@@ -86,16 +85,6 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
         )
     fuse(causal_lm_of(model))
     return model
-
-
-def check_sharding(accelerator: Any) -> None:
-    """Raise where a `WeightedModel`, or a reference that is more than adapters off, would have to be sharded."""
-    if (kind := distribution_of(accelerator)) in SHARDED:
-        raise NotImplementedError(
-            f"training under {kind} works for a plain model, or one with PEFT adapters, that is its own reference with "
-            "adapters off or has precompute_ref_log_probs; a model that takes weights, a separate ref_model, and "
-            "adapters that were trained before or have a reference_adapter train on one device or under DDP"
-        )
 
 
 def check_objectives(model: WeightedModel, objectives: tuple[str, ...], name: str = "model") -> None:

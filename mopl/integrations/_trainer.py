@@ -25,7 +25,8 @@ from mopl.integrations._checkpoints import CheckedTrainer, WeightedCheckpoints
 from mopl.integrations._data import REFERENCE_COLUMNS, Examples, Extras
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._setup import check_objectives, check_reference, check_sharding, check_store
+from mopl.integrations._setup import check_objectives, check_reference, check_store
+from mopl.integrations._sharding import check_sharding, prepare_sharding
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.model_identity import checksum, identity_of
@@ -122,8 +123,12 @@ class ListTrainer(WeightedCheckpoints, StepTrainer):
     def check_reference_placement(self, ref_model: Any) -> None:
         """Raise where the reference would have to be sharded; give all processes the same one."""
         within = self.own is not None and self.own.kind != "base" and not self._precompute
-        if isinstance(self.model, WeightedModel) or ref_model is not None or within:
-            check_sharding(self.accelerator)
+        weighted = isinstance(self.model, WeightedModel)
+        if weighted or within:
+            check_sharding(self.accelerator, self.model)
+        prepare_sharding(self.accelerator, model=self.model if weighted or within else None)
+        if ref_model is not None:
+            check_sharding(self.accelerator, ref_model)
         if self.own is not None:
             self.own.spread(self.accelerator)
 

@@ -47,7 +47,7 @@ from mopl.conditioning.sampling import check_weights
 from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._checkpoints import WeightedCheckpoints
 from mopl.integrations._objective import names_of
-from mopl.integrations._rollout_checks import check_model, check_release
+from mopl.integrations._rollout_checks import check_model, check_release, refuse_sharded_rollouts
 from mopl.integrations._rollouts import (
     InnerReference,
     OfRows,
@@ -59,7 +59,7 @@ from mopl.integrations._rollouts import (
     unrewarded,
 )
 from mopl.integrations._settings import with_help
-from mopl.integrations._setup import check_sharding, reference_name
+from mopl.integrations._setup import reference_name
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.pareto.front import Front
 from mopl.pareto.grid import weight_grid
@@ -157,7 +157,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
 
     def _stand_around(self, model: WeightedModel) -> None:
         """Put the model that takes weights into the place of the one inside, which TRL has prepared."""
-        check_sharding(self.accelerator)
+        refuse_sharded_rollouts(self.accelerator, model)
         if self.place_model_on_device:
             self._move_model_to_device(model, self.args.device)
         self.model = self.model_wrapped = self.callback_handler.model = model

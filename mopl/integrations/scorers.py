@@ -54,7 +54,8 @@ from mopl.integrations._scorer_setup import (
     prepare_writer,
     warn_of_frozen_head,
 )
-from mopl.integrations._setup import SHARDED, check_labels, prepare_arguments, recomputes, warn_of_rounding
+from mopl.integrations._setup import check_labels, prepare_arguments, recomputes, warn_of_rounding
+from mopl.integrations._sharding import SHARDED
 from mopl.integrations._trainer import StepTrainer
 from mopl.language_models.data import OnError
 from mopl.language_models.models import disable_dropout

@@ -60,6 +60,7 @@ from mopl.integrations._setup import (
     warn_of_rounding,
     write_record,
 )
+from mopl.integrations._sharding import prepare_reference
 from mopl.integrations._streams import ExampleStream, is_stream
 from mopl.integrations._trainer import ListTrainer, lengths_of
 from mopl.language_models.collate import ListBatch, ListCollator
@@ -128,7 +129,7 @@ class MultiObjectiveTrainer(ListTrainer):
 
     Raises:
         ValueError: If arguments do not fit one another or the data.
-        NotImplementedError: Under FSDP or DeepSpeed, for a model that needs DDP.
+        NotImplementedError: Under FSDP or DeepSpeed, for a model or a reference that needs another way.
     """
 
     def __init__(
@@ -246,7 +247,7 @@ class MultiObjectiveTrainer(ListTrainer):
         self.ref_model: Any = None
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            self.ref_model = prepare_reference(self.accelerator, ref_model)
         self._totals = Totals(self.objectives)
         if self._precompute:
             if self.train_dataset is not None:

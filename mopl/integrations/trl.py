@@ -52,6 +52,7 @@ from mopl.integrations._data import REFERENCE_COLUMNS, Examples, is_pairs
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments, with_help
+from mopl.integrations._sharding import refuse_sharded_moving
 from mopl.integrations._streams import is_stream
 from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refuse_options, without_labels
 from mopl.integrations.transformers import MultiObjectiveTrainer
@@ -201,6 +202,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                 if settings is not None:
                     settings.pad_token_id = tokenizer.pad_token_id
         if args.sync_ref_model:
+            refuse_sharded_moving(self.accelerator)
             if self.ref_model is None or self.reference_given:
                 raise ValueError(
                     "sync_ref_model is True but the data has the reference's log-probabilities, so there is no model "

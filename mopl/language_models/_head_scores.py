@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mopl._rows import UnsupportedModelError
+from mopl._sharded import is_dtensor
 from mopl.conditioning.adapted import mixed_copies
+from mopl.language_models._split_head import SplitHead
 from mopl.ops import linear_jsd, linear_kl, linear_logprob
 from mopl.ops.head_statistics import head_statistics
 
@@ -269,12 +271,14 @@ def _score_hidden(
         )
     own, weight, bias = _operands(head, hidden[:, -length:])
     targets = targets.to(weight.device)
+    split = SplitHead.of(head)
     with_logsumexp = request.return_logsumexp or bool(request.statistics)
     options: dict[str, Any] = {
         "bias": bias,
         "temperature": request.temperature,
         "softcap": transform.softcap,
         "logit_scale": transform.logit_scale,
+        "group": None if split is None else split.group,
     }
     parts: dict[str, Tensor] = {}
     if request.return_log_probs or with_logsumexp or request.return_entropy:
@@ -324,6 +328,8 @@ def _divergence(student: HeadStates, teacher: HeadStates, targets: Tensor, how: 
         given[f"{prefix}logit_scale"], given[f"{prefix}softcap"] = side.transform.logit_scale, side.transform.softcap
     if teacher.transform.softcap is None:
         given["teacher_softcap"] = math.inf  # None would be the student's
+    if is_dtensor(student.weight):
+        given["group"] = SplitHead(student.weight).group
     found = linear_jsd(
         student.hidden, student.weight, teacher.hidden.to(student.weight.device),
         teacher.weight.to(student.weight.device), **given,

@@ -29,6 +29,7 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
+from mopl._sharded import is_sharded, resharded, shard_of, shards_replaced
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.adapted import adapter_state, held, shared_places
 from mopl.conditioning.causal_lm import adapters_off, is_peft
@@ -79,7 +80,7 @@ class OwnReference:
             model: The model that this was made of, unwrapped.
 
         Raises:
-            ValueError: If something is trained that was not when this was made, or the model is sharded by now.
+            ValueError: If something is trained that was not when this was made.
         """
         inner = _inner(model)
         switched: Any = contextlib.nullcontext()
@@ -92,12 +93,13 @@ class OwnReference:
         unconditioned: Any = contextlib.nullcontext()
         if inner is not model and not self.varies_with_weights:
             unconditioned = model.unconditioned(adapters=self.kind != "base")
-        with evaluating(model), unconditioned, switched:
+        # Which parameters are trained a group of layers of FSDP2 reads when it is gathered, and PEFT's switches set it.
+        with resharded(model), evaluating(model), unconditioned, switched:
             yield
 
     @contextlib.contextmanager
     def _restored(self, model: nn.Module) -> Iterator[None]:
-        now = dict(model.named_parameters())
+        now: dict[str, Any] = dict(model.named_parameters())
         late = [name for name, p in now.items() if p.requires_grad and name not in self._start]
         missing = [name for name in self._start if name not in now]
         if late or missing:
@@ -105,6 +107,11 @@ class OwnReference:
                 f"{(late or missing)[0]} {'is trained' if late else 'is gone'}, which was not so when the reference "
                 "was taken from the model; choose what is trained before the trainer is made, or pass ref_model"
             )
+        if is_sharded(model):  # from now on each process has its share
+            self._start = {name: shard_of(value, now[name]) for name, value in self._start.items()}
+            with shards_replaced(model, self._start):
+                yield
+            return
         self._start = {name: value.to(now[name].device, now[name].dtype) for name, value in self._start.items()}
         with held(shared_places(model, {id(now[name]): value for name, value in self._start.items()})):
             yield
@@ -217,9 +224,10 @@ def _adapter_active(model: Any, name: str) -> Iterator[None]:
     before, several = model.active_adapter, model.active_adapters
     with requires_grad_kept(model):
         model.set_adapter(name)
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        with requires_grad_kept(model):
             model.set_adapter(before)
             if len(several) > 1:
                 model.base_model.set_adapter(several)

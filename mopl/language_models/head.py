@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
+from mopl._sharded import is_dtensor
 from mopl._threads import Turns, in_turn, measuring
 from mopl.conditioning.causal_lm import is_peft
 from mopl.language_models._head_scores import IGNORE_INDEX as IGNORE_INDEX
@@ -48,6 +49,7 @@ from mopl.language_models._head_scores import (
     score_hidden,
     whole_shape,
 )
+from mopl.language_models._split_head import SplitHead
 from mopl.language_models._target_rows import TargetRows
 
 
@@ -100,15 +102,23 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
     probe = torch.logspace(-4, 4.4, vocabulary, dtype=torch.float64)[order]
     probe[torch.rand(vocabulary, generator=generator) < 0.5] *= -1.0
     seen: list[torch.Size] = []
+    split: SplitHead | None = None
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        nonlocal split
         seen.append(hidden.shape)
+        split = SplitHead.of(head)  # here: FSDP's hooks have gathered its own shards
+        if split is not None and split.is_laid_out(hidden):
+            part = split.part(probe).to(hidden.device).expand(*hidden.shape[:-1], -1).clone()
+            return split.handed_on(part, vocabulary)
         return probe.to(hidden.device).expand(*hidden.shape[:-1], vocabulary).clone()
 
     inputs = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
         with evaluating(model), torch.no_grad(), measuring(), _forward_replaced(head, forward):
             output = original_forward(input_ids=inputs, use_cache=False)
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         try:  # a kernel that this machine cannot run, say, has nothing to do with the probe
             with evaluating(model), torch.no_grad(), measuring():
@@ -127,6 +137,8 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
             f"{type(model).__name__} called its output head {len(seen)} times in one forward, not once"
         )
     logits = getattr(output, "logits", None)
+    if split is not None and logits is not None:
+        logits = split.seen_behind(logits)
     if logits is None or logits.shape[-1] != vocabulary:
         raise UnsupportedModelError(f"{type(model).__name__} returns no logits of its head's vocabulary ({vocabulary})")
     answer = logits[0, -1].to("cpu", torch.float64)
@@ -190,7 +202,7 @@ class FusedForward:
 
     def measure(self) -> Transform:
         """Return what the model does to its logits now."""
-        numbers = numbers_of(self.model)
+        numbers = [*numbers_of(self.model), is_dtensor(find_head(self.model).weight)]
         if self.transform is None or numbers != self.numbers:
             self.transform = _measure_transform(self.model, self.original)
             self.numbers = numbers
@@ -209,6 +221,8 @@ class FusedForward:
             return self.original(*args, **kwargs)
         request = HeadRequest.taken(kwargs)
         with _scoring():
+            if is_dtensor(find_head(self.model).weight):
+                self.measure()  # first: from parts of logits processes could conclude different things about rows
             return self._scored(targets, request, arranged(self.model, self._named(args, kwargs)))
 
     @in_turn
@@ -230,13 +244,21 @@ class FusedForward:
         transform, name = self.measure(), type(self.model).__name__
         current = find_head(self.model)
         names: list[str] = []
+        split: SplitHead | None = None
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            nonlocal split
+            split = SplitHead.of(current)  # here: FSDP's hooks have gathered its own shards
+            if split is not None:
+                split.check_targets(targets)
+                hidden = split.plain(hidden)
             if request.return_states:
-                return hidden.clone()  # what changes it behind the head is seen below
-            parts = score_hidden(current, hidden, targets, transform, request)
-            names[:] = parts
-            return torch.stack(list(parts.values()), -1)
+                output = hidden.clone()  # what changes it behind the head is seen below
+            else:
+                parts = score_hidden(current, hidden, targets, transform, request)
+                names[:] = parts
+                output = torch.stack(list(parts.values()), -1)
+            return output if split is None else split.handed_on(output)
 
         kwargs.setdefault("use_cache", False)
         kwargs.pop("labels", None)
@@ -250,10 +272,11 @@ class FusedForward:
             raise UnsupportedModelError(
                 f"{name} changes the output of its head in place, which would change the scores"
             )
+        found = result[0] if split is None else split.taken_back(result[0])
         if request.return_states:
-            return HeadStates.of(current, result[0], targets, transform)
+            return HeadStates.of(current, found, targets, transform)
         # Copies, not views: a view as the model's output would lose FSDP's hook at the first in-place operation on it.
-        parts = {name: part.clone() for name, part in zip(names, result[0].unbind(-1), strict=True)}
+        parts = {name: part.clone() for name, part in zip(names, found.unbind(-1), strict=True)}
         if hasattr(output, "logits"):
             output.logits = None
         return FusedOutput.filled(parts, output)

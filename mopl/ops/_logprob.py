@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mopl._arguments import POSITIVE, as_value, check_floating, check_mask, shape_of
 from mopl._counted import counted
+from mopl._sharded import is_dtensor as is_dtensor
 from mopl.ops._rows import times
 
 SKIP = -1  # a target that does not count, once mask and ignore_index are applied
@@ -193,8 +194,3 @@ def temperature_gradient(
     if upstream.entropy is not None:
         total = total + upstream.entropy * variance
     return (total / temperature).masked_fill(idle, 0)
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Say whether a tensor is a DTensor, without importing the distributed package for those that are not."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

@@ -15,6 +15,7 @@ keeps it far from underflow.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from mopl._arguments import compute_dtype, wide_dtype
 from mopl.ops._divergence_blocks import COLUMNS, ROWS, Head
 from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, merge_targets, per_row
 from mopl.ops._rows import slices
+from mopl.ops.linear_logprob.shard import VocabularyShard, check_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -44,6 +49,7 @@ def head_statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Return figures of each row, without a gradient.
 
@@ -59,19 +65,27 @@ def head_statistics(
         softcap: logits become softcap * tanh(logits / softcap), after `logit_scale` and before `temperature`.
         logit_scale: multiplies the logits, the bias included.
         ignore_index: rows with this target do not count and are 0.
+        group: process group over which the vocabulary is sharded, as `linear_logprob` takes it.
 
     Returns:
         The names with tensors (...), float32, float64 if an operand is.
 
     Raises:
-        TypeError: wrong dtypes, or a sharded (DTensor) head.
+        TypeError: wrong dtypes, or a sharded (DTensor) head without `group`.
         ValueError: an unknown name, or shapes or devices that do not fit.
     """
     if unknown := sorted(set(names) - set(NAMES)):
         raise ValueError(f"names has {', '.join(map(repr, unknown))} but only {', '.join(NAMES)} are known")
     check_operands(hidden, weight, bias)
-    if is_dtensor(weight):
-        raise TypeError("weight is a DTensor but the vocabulary must be whole here; pass weight.full_tensor()")
+    shard, vocabulary = None, weight.shape[0]
+    if group is not None:
+        shard, weight, bias = check_shard(hidden, weight, bias, group)
+        vocabulary = shard.vocabulary
+    elif is_dtensor(weight):
+        raise TypeError(
+            "weight is a DTensor but the vocabulary must be whole here; pass weight.full_tensor(), or, if every rank "
+            "has the same rows of hidden, group=weight.device_mesh.get_group()"
+        )
     lead = hidden.shape[:-1]
     for value, name in ((target, "target"), (log_probs, "log_probs"), (logsumexp, "logsumexp")):
         if value.shape != lead:
@@ -79,7 +93,7 @@ def head_statistics(
                 f"{name} has shape {tuple(value.shape)} but hidden has rows {tuple(lead)}; they must agree"
             )
     dtype = compute_dtype(hidden, weight)
-    flat = merge_targets(target, None, ignore_index, weight.shape[0]).reshape(-1)
+    flat = merge_targets(target, None, ignore_index, vocabulary).reshape(-1)
     like = torch.empty((), dtype=dtype, device=hidden.device)
     divisor = per_row(temperature, "temperature", lead, like, lambda: flat >= 0)
     cap, scale = check_scalar(softcap, "softcap"), check_scalar(logit_scale, "logit_scale")
@@ -92,29 +106,39 @@ def head_statistics(
     counted = (flat >= 0).nonzero()[:, 0]
     in_pass = [name for name in names if name != "mean_logits" or cap]
     if "mean_logits" in names and not cap:
-        found["mean_logits"][counted] = _mean_without_product(head(counted))
+        found["mean_logits"][counted] = _mean_without_product(head(counted), shard)
     if in_pass == ["is_top1"]:
         likeliest = (log_probs.reshape(-1) > CERTAIN)[counted]
         found["is_top1"][counted] = likeliest.to(dtype)
         counted = counted[~likeliest]
     if in_pass and len(counted):
-        for name, value in _one_pass(head(counted), flat[counted], wide[counted], in_pass).items():
+        for name, value in _one_pass(head(counted), flat[counted], wide[counted], in_pass, shard).items():
             found[name][counted] = value
     return {name: value.view(lead) for name, value in found.items()}
 
 
-def _mean_without_product(head: Head) -> Tensor:
+def _mean_without_product(head: Head, shard: VocabularyShard | None) -> Tensor:
     """Return the mean logit of each row (M,) of a head without a softcap: logits are linear in the head's rows."""
     dtype = head.temperature.dtype
-    mean = head.rows.to(dtype) @ head.weight.mean(0, dtype=dtype)
+
+    def mean_of(values: Tensor) -> Tensor:
+        if shard is None:
+            return values.mean(0, dtype=dtype)
+        return shard.sum(values.sum(0, dtype=dtype)) / shard.vocabulary
+
+    mean = head.rows.to(dtype) @ mean_of(head.weight)
     if head.bias is not None:
-        mean = mean + head.bias.mean(dtype=dtype)
+        mean = mean + mean_of(head.bias)
     return mean * head.logit_scale / head.temperature
 
 
-def _one_pass(head: Head, target: Tensor, logsumexp: Tensor, names: list[str]) -> dict[str, Tensor]:
+def _one_pass(
+    head: Head, target: Tensor, logsumexp: Tensor, names: list[str], shard: VocabularyShard | None
+) -> dict[str, Tensor]:
     """Return what needs the logits of all rows (M,), forming each tile of them once."""
     dtype, device, vocabulary = head.temperature.dtype, target.device, head.weight.shape[0]
+    if shard is not None:
+        target = target - shard.start  # outside of what is here, on either side, for targets of other ranks
     before, behind, own = (torch.full(target.shape, -torch.inf, dtype=dtype, device=device) for _ in range(3))
     total, squares = (torch.zeros(target.shape, dtype=wide_dtype(device), device=device) for _ in range(2))
     kind = device.type if device.type in COLUMNS else "else"
@@ -132,9 +156,13 @@ def _one_pass(head: Head, target: Tensor, logsumexp: Tensor, names: list[str]) -
                 total[rows] += u.sum(-1)
             if "log_sum_sq_probs" in names:
                 squares[rows] += u.sub_(logsumexp[rows, None]).mul_(2).exp_().sum(-1)
+    everything: int | Tensor = vocabulary
+    if shard is not None:
+        everything, total, squares = shard.vocabulary, shard.sum(total), shard.sum(squares)
+        before, behind, own = shard.max(before), shard.max(behind), shard.max(own)
     values = {
         "log_sum_sq_probs": lambda: squares.log(),
-        "mean_logits": lambda: total / vocabulary,
+        "mean_logits": lambda: total / everything,
         "is_top1": lambda: (own > before) & (own >= behind),
     }
     return {name: values[name]().to(dtype) for name in names}

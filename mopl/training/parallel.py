@@ -90,7 +90,7 @@ class ShardedModel:
                     f"{name} is a {type(parameter).__name__}, which cannot be sharded here; load the model without "
                     "quantisation, or train with DDP (`--multi_gpu`)"
                 )
-        _broadcast(model, accelerator.device)
+        broadcast_parameters(model, accelerator.device)
         before = optimizer.state_dict()
         model.to("cpu")
         frozen = (p for p in model.parameters() if not p.requires_grad)
@@ -360,7 +360,7 @@ def _run_under_autocast(model: nn.Module, accelerator: Any) -> None:
 
 
 @torch.no_grad()
-def _broadcast(model: nn.Module, device: torch.device) -> None:
+def broadcast_parameters(model: nn.Module, device: torch.device) -> None:
     """Give every process the main one's parameters and buffers, as DDP does, one at a time."""
     for tensor in (*model.parameters(), *model.buffers()):
         there = tensor.detach().to(device).contiguous()

@@ -61,14 +61,22 @@ def build(name):
     return HyperPromptModel(model, prompt)
 
 
-def run(name, folder, processes):
-    args = MultiObjectiveConfig(
-        str(folder), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", optim="sgd",
-        per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, per_device_eval_batch_size=2,
-        learning_rate=0.05, lr_scheduler_type="constant", max_grad_norm=1e6, max_steps=3, logging_steps=3, beta=0.5,
-        precompute_ref_log_probs="precomputed" in name, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = MultiObjectiveTrainer(build(name), args, train_dataset=data(16), eval_dataset=data(5))
+def make(name, folder, processes, model=None, more=None, **options):
+    """Return a trainer; `options` are those of its config, `more` further arguments of it."""
+    settings = {
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "optim": "sgd",
+        "per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2, "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 1e6,
+        "max_steps": 3, "logging_steps": 3, "beta": 0.5, "precompute_ref_log_probs": "precomputed" in name,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    args = MultiObjectiveConfig(str(folder), **{**settings, **options})
+    model = build(name) if model is None else model
+    return MultiObjectiveTrainer(model, args, train_dataset=data(16), eval_dataset=data(5), **(more or {}))
+
+
+def run(name, folder, processes, **options):
+    trainer = make(name, folder, processes, **options)
     trainer.train()
     (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "loss/helpful", "accuracy/harmless", "margin/helpful", "log_ratio", "grad_norm")
@@ -79,7 +87,8 @@ def run(name, folder, processes):
     metrics |= {k: v for k, v in found.items() if k.startswith(("eval_helpful", "eval_harmless", "eval_loss@"))}
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
-    return {"parameters": parameters, "metrics": metrics}
+    classes = {"class": type(trainer.model).__name__, "reference": type(trainer.ref_model).__name__}
+    return {"parameters": parameters, "metrics": metrics, **classes}
 
 
 if __name__ == "__main__":
