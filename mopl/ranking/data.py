@@ -31,6 +31,7 @@ from mopl.ranking.objectives import (
     turned_labels,
 )
 from mopl.ranking.statistics import in_lines, statistics
+from mopl.ranking.storage import blocks, take
 
 # Streams of random numbers are named, so that one seed never gives two of them the same numbers. The epochs of
 # mopl.training take the stream numbers of small integers; these are far away.
@@ -117,9 +118,12 @@ class RankingData:
             ("main label", self.raw_main[:, None]),
             ("label", self.raw_auxiliary),
         ):
-            bad = ~torch.isfinite(values)
-            if bool(bad.any()):
+            for part in blocks(*values.shape):
+                bad = ~torch.isfinite(values[part])
+                if not bool(bad.any()):
+                    continue
                 row, column = bad.nonzero()[0].tolist()
+                row += part.start
                 which = f"{what} {column + 1}" if what == "feature" else what
                 raise ValueError(
                     f"{which} of {self._where(row)} is {values[row, column].item()}; replace it by a finite number"
@@ -226,7 +230,7 @@ class RankingData:
         truth = self.truth and Truth(self.truth.log_probs[items], self.truth.rates)
         return dataclasses.replace(
             self,
-            features=self.features[items],
+            features=take(self.features, items),
             raw_main=self.raw_main[items],
             raw_auxiliary=self.raw_auxiliary[items],
             offsets=torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[queries].cumsum(0)]),

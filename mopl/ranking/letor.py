@@ -7,13 +7,16 @@ name are those of COS-DPO, and then all five auxiliary columns, used or not, lea
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mopl._counted import counted
+from mopl.ranking import storage
 from mopl.ranking.data import RankingData
 from mopl.ranking.objectives import MSLR_COLUMNS, MSLR_OBJECTIVES, Objective, negative_label, parse_objectives
 from mopl.ranking.svmlight import LetorError, LetorFile, read_label_file, read_letor
@@ -23,6 +26,7 @@ _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("vali", "valid", "validation", "val", "dev"), "valid"
 )
 _COMPRESSED = (".gz", ".bz2")
+_NUMBER = re.compile(r"[-_.](?:part[-_.]?)?[0-9]+(?:-of-[0-9]+)?$")  # of one of several files
 _ENDINGS = (".txt", ".svm", ".svmlight", ".libsvm", ".letor", ".dat")
 
 
@@ -39,9 +43,10 @@ def load_letor(
     """Load a data set from SVMlight/LETOR files.
 
     Args:
-        path: a folder with one file for each split (train.txt, vali.txt, test.txt; `rank.train`, `rank.test`; .gz and
-            .bz2 too), or one file, which is split by query, or a sequence of two (train, test) or three (train, valid,
-            test) files. Where there is no validation file, validation queries are drawn from the training file.
+        path: a folder with a file for each split (train.txt, vali.txt, test.txt; `rank.train`, `rank.test`; .gz and
+            .bz2 too), with several, which are numbered (train-00000.txt, train-00001.txt, ...), or with a folder of
+            files for each; or one file, which is split by query, or a sequence of two (train, test) or three (train,
+            valid, test) files. Where there is no validation file, validation queries are drawn from the training files.
         objectives: the auxiliary objectives, as `mopl.ranking.objectives.parse_objective` reads them; default the five
             of MSLR if the files have its 136 columns. Their columns are taken out of the features.
         main: name and normalisation of the main objective, the first number of each line.
@@ -62,25 +67,24 @@ def load_letor(
     asked = _parsed(objectives, main)  # before files are read, which may take minutes
     files = find_files(path)
     labels = {o.column: o.name for o in asked or MSLR_OBJECTIVES.values() if o.column is not None}
-    read = {split: read_letor(file, cache=cache, labels=labels) for split, file in files.items()}
-    width = max(file.features.shape[1] for file in read.values())
-    chosen = _choose_objectives(asked, width, next(iter(files.values())))
+    read = {split: [read_letor(file, cache=cache, labels=labels) for file in each] for split, each in files.items()}
+    width = max(file.features.shape[1] for each in read.values() for file in each)
+    first = next(iter(files.values()))[0]
+    chosen = _choose_objectives(asked, width, first)
     used = {o.column for o in chosen if o.column} | set(exclude)
     if any(o in MSLR_OBJECTIVES.values() for o in chosen):
         used |= {o.column for o in MSLR_OBJECTIVES.values() if o.column}
     unknown = [c for c in used if not 1 <= c <= width]
     if unknown:
         names = [f" of objective {o.name!r}" for o in chosen if o.column == unknown[0]] or [" in exclude"]
-        raise ValueError(
-            f"column {unknown[0]}{names[0]} is unknown: {next(iter(files.values()))} has columns 1 to {width}"
-        )
+        raise ValueError(f"column {unknown[0]}{names[0]} is unknown: {first} has columns 1 to {width}")
     inputs = [c for c in range(1, width + 1) if c not in used]
     if not inputs:
         raise ValueError(f"all {width} columns are objectives or excluded, so no input is left; keep at least one")
     in_folder = isinstance(path, (str, os.PathLike)) and Path(path).is_dir()
     parts = {
-        split: _ranking_data(file, split, main, chosen, inputs, several=len(files) > 1, in_folder=in_folder)
-        for split, file in read.items()
+        split: _ranking_data(each, split, main, chosen, inputs, several=len(files) > 1, in_folder=in_folder)
+        for split, each in read.items()
     }
     if len(parts) == 3:
         return parts["train"], parts["valid"], parts["test"]
@@ -92,26 +96,31 @@ def load_letor(
     return train, valid, test
 
 
-def find_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
+def find_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> dict[str, list[Path]]:
     """Return the data files by split: `all`, or `train` and `test`, or those and `valid`; errors as `load_letor`."""
     if not isinstance(path, (str, os.PathLike)):
         names = {1: ("all",), 2: ("train", "test"), 3: SPLITS}.get(len(path))
         if names is None:
             raise ValueError(f"there are {len(path)} files; give 1, 2 (train, test) or 3 (train, valid, test)")
-        return dict(zip(names, map(Path, path), strict=True))
+        return dict(zip(names, ([Path(file)] for file in path), strict=True))
     root = Path(path)
     if root.is_file():
-        return {"all": root}
+        return {"all": [root]}
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: there is no such file or folder; give an SVMlight/LETOR file or a folder")
-    found: dict[str, Path] = {}
-    for file in sorted(root.iterdir()):
-        split = _SPLIT_WORDS.get(_split_word(file.name))
-        if split is None or file.name.startswith(".") or not file.is_file():
+    found: dict[str, list[Path]] = {}
+    for entry in sorted(root.iterdir(), key=_in_order):
+        split = _SPLIT_WORDS.get(_split_word(entry.name))
+        if split is None or entry.name.startswith("."):
             continue
-        if split in found:
-            raise ValueError(f"{root} has two files for {split}, {found[split].name} and {file.name}; give the files")
-        found[split] = file
+        each = [entry] if entry.is_file() else _files_in(entry)
+        if each and split in found and not all(_NUMBER.search(_stem(file.name)) for file in (*found[split], *each)):
+            raise ValueError(
+                f"{root} has two files for {split}, {found[split][0].name} and {entry.name}; give the files, or number "
+                f"those of a split: {split}-00000.txt, {split}-00001.txt, ..."
+            )
+        if each:
+            found.setdefault(split, []).extend(each)
     if not {"train", "test"} <= found.keys():
         folds = sorted(f.name for f in root.iterdir() if f.is_dir() and f.name.lower().startswith("fold"))
         remedy = f"choose a fold, e.g. {root / folds[0]}" if folds else "name them so, or give the files"
@@ -120,11 +129,29 @@ def find_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _split_word(name: str) -> str:
-    """Return the part of a file name that may name a split: `train` of train.txt.gz and of rank.train."""
+def _stem(name: str) -> str:
+    """Return a file name without its endings."""
     for endings in (_COMPRESSED, _ENDINGS):
         name = next((name.removesuffix(e) for e in endings if name.endswith(e)), name)
-    return name.rpartition(".")[2].lower()
+    return name
+
+
+def _split_word(name: str) -> str:
+    """Return the part of a name that may name a split: `train` of train.txt.gz, rank.train and train-00001-of-00032."""
+    return _NUMBER.sub("", _stem(name)).rpartition(".")[2].lower()
+
+
+def _in_order(path: Path) -> list[Any]:
+    """Return what sorts names with numbers by the numbers: 2 before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the data files of a folder that is a split."""
+    if not folder.is_dir():
+        return []
+    known = (*_ENDINGS, *(e + c for e in _ENDINGS for c in _COMPRESSED))
+    return [f for f in sorted(folder.iterdir(), key=_in_order) if f.name.endswith(known) and f.name[0] != "."]
 
 
 def _parsed(specs: str | Sequence[str | Objective] | None, main: Objective) -> tuple[Objective, ...] | None:
@@ -160,7 +187,7 @@ def _choose_objectives(chosen: tuple[Objective, ...] | None, width: int, file: P
 
 
 def _ranking_data(
-    file: LetorFile,
+    files: Sequence[LetorFile],
     split: str,
     main: Objective,
     objectives: tuple[Objective, ...],
@@ -169,32 +196,84 @@ def _ranking_data(
     several: bool,
     in_folder: bool,
 ) -> RankingData:
-    """Make one split out of one file."""
+    """Make one split out of its files."""
 
-    def labels_of(objective: Objective) -> np.ndarray:
+    def labels_of(objective: Objective, file: LetorFile) -> np.ndarray:
         if objective.column is not None:
-            return _checked(_columns(file.features, [objective.column])[:, 0], objective, file)
+            column = _columns([file.features], [objective.column])[:, 0]
+            return _checked(column.numpy(), objective, file)
+        if len(files) > 1:
+            raise ValueError(
+                f"objective {objective.name!r} has a label file, {objective.path}, but {split} has "
+                f"{counted(len(files), 'file')}, {files[0].path} and so on; write the labels as a column of these"
+            )
         source = _label_path(objective, split, file.path, several=several)
         return _checked(read_label_file(source, len(file.labels), file.path), objective, file, source)
 
+    first = files[0].path
+    name = f"{first.parent.name}/{first.name}" if in_folder else first.name
+    auxiliary = [np.stack([labels_of(objective, file) for objective in objectives], axis=1) for file in files]
+    starts = np.cumsum([0, *(len(file.labels) for file in files)])
+    offsets = [file.offsets[1:] + start for file, start in zip(files, starts, strict=False)]
     return RankingData(
-        features=torch.from_numpy(_columns(file.features, inputs)),
-        raw_main=torch.from_numpy(_checked(file.labels, main, file, main=True)),
-        raw_auxiliary=torch.from_numpy(np.stack([labels_of(objective) for objective in objectives], axis=1)),
-        offsets=torch.from_numpy(file.offsets),
-        query_ids=torch.from_numpy(file.query_ids),
+        features=_columns([file.features for file in files], inputs),
+        raw_main=torch.from_numpy(np.concatenate([_checked(file.labels, main, file, main=True) for file in files])),
+        raw_auxiliary=torch.from_numpy(np.concatenate(auxiliary)),
+        offsets=torch.from_numpy(np.concatenate([np.zeros(1, dtype=np.int64), *offsets])),
+        query_ids=torch.from_numpy(_query_ids(files)),
         main=main,
         objectives=objectives,
-        name=f"{file.path.parent.name}/{file.path.name}" if in_folder else file.path.name,
+        name=name if len(files) == 1 else f"{name} to {files[-1].path.name}",
         feature_names=tuple(map(str, inputs)),
     )
 
 
-def _columns(features: np.ndarray, columns: Sequence[int]) -> np.ndarray:
-    """Return columns, counted from 1, of features (N, C); those after the last of the file are 0."""
-    out = np.zeros((features.shape[0], len(columns)), dtype=np.float32)
-    present = [i for i, c in enumerate(columns) if c <= features.shape[1]]
-    out[:, present] = features[:, [columns[i] - 1 for i in present]]
+def _query_ids(files: Sequence[LetorFile]) -> np.ndarray:
+    """Return the ids of the queries of a split; those of files without ids are numbered on.
+
+    Raises:
+        LetorError: If a query is in two files, or ids of all files do not fit into one type.
+    """
+    if len(files) == 1:
+        return files[0].query_ids
+    if not any(file.has_ids for file in files):
+        return np.arange(sum(len(file.query_ids) for file in files))
+    where: dict[int, Path] = {}
+    for file in files:
+        if not file.has_ids:
+            other = next(each for each in files if each.has_ids)
+            raise LetorError(
+                f"{file.path}: it has no query ids, but {other.path} has; write qid:ID on all lines of both"
+            )
+        for query in file.query_ids.tolist():
+            if (other := where.setdefault(query, file.path)) is not file.path:
+                raise LetorError(
+                    f"{file.path}: query {query} is in {other} as well; put all documents of a query into one file, on "
+                    "consecutive lines"
+                )
+    if min(where) < 0 and max(where) >= 2**63:
+        raise LetorError(
+            f"{where[min(where)]}: query {min(where)} does not go with {max(where)} of {where[max(where)]}: ids are "
+            "from -2^63 to 2^63 - 1, or from 0 to 2^64 - 1; renumber the queries"
+        )
+    return np.fromiter(where, dtype=np.int64 if max(where) < 2**63 else np.uint64, count=len(where))
+
+
+def _columns(matrices: Sequence[np.ndarray], columns: Sequence[int]) -> torch.Tensor:
+    """Return columns, counted from 1, of matrices (N, C), one below the other; those that one does not have are 0."""
+    whole = matrices[0]
+    if len(matrices) == 1 and list(columns) == list(range(1, whole.shape[1] + 1)):
+        return torch.from_numpy(whole)
+    out = storage.empty((sum(map(len, matrices)), len(columns)))
+    start = 0
+    for matrix in matrices:
+        present = [i for i, c in enumerate(columns) if c <= matrix.shape[1]]
+        taken = [columns[i] - 1 for i in present]
+        for part in storage.blocks(*matrix.shape):
+            rows = np.zeros((part.stop - part.start, len(columns)), dtype=np.float32)
+            rows[:, present] = matrix[part][:, taken]
+            out[start + part.start : start + part.stop] = torch.from_numpy(rows)
+        start += len(matrix)
     return out
 
 

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from mopl._counted import counted
 from mopl.ranking.objectives import of_its_list
+from mopl.ranking.storage import blocks, empty
 
 METHODS = ("none", "global", "query", "query-minmax")
-_COLUMNS_AT_ONCE = 16  # float64 copies of this many columns at a time, not of the whole matrix
+# float64 copies of this many columns at a time, not of the whole matrix, and of fewer where rows are many.
+_COLUMNS_AT_ONCE = 16
+_NUMBERS_AT_ONCE = 1 << 26  # 512 MiB
 # Below this share of its largest value, the spread of a column is the rounding of its mean: the column is constant.
 _CONSTANT = 1e-7
 
@@ -55,7 +58,7 @@ class FeatureNormalizer:
         scale = torch.zeros_like(shift)
         for which, columns in _columns(features, name):
             shift[which] = columns.mean(0)
-            spread = (columns - shift[which]).square().mean(0).sqrt()
+            spread = (columns - shift[which]).square_().mean(0).sqrt()
             scale[which] = torch.where(spread > _CONSTANT * columns.abs().amax(0), spread, 1.0)
         return cls(name, shift, scale)
 
@@ -68,7 +71,12 @@ class FeatureNormalizer:
                 f"features has {counted(features.shape[1], 'column')} but normalization {self.name!r} was measured on "
                 f"{self.shift.shape[0]}; give the same columns"
             )
-        out = torch.empty_like(features)
+        out = empty(tuple(features.shape), features.dtype)
+        if self.method in ("none", "log1p", "global"):  # of each item by itself: a block of rows at a time
+            for part in blocks(*features.shape):
+                rows = _in_float64(features[part], self.name)
+                out[part] = self._transform(rows, slice(None), offsets)
+            return out
         for which, columns in _columns(features, self.name):
             out[:, which] = self._transform(columns, which, offsets)
         return out
@@ -103,7 +111,16 @@ def check_normalization(name: str) -> None:
 
 def _columns(features: Tensor, name: str) -> Iterator[tuple[slice, Tensor]]:
     """Yield some columns at a time: which, and they in float64, after log1p if `name` asks for it."""
-    for start in range(0, features.shape[1], _COLUMNS_AT_ONCE):
-        which = slice(start, start + _COLUMNS_AT_ONCE)
-        columns = features[:, which].double()
-        yield which, columns.sign() * columns.abs().log1p() if name.startswith("log1p") else columns
+    width = max(1, min(_COLUMNS_AT_ONCE, _NUMBERS_AT_ONCE // max(len(features), 1)))
+    for start in range(0, features.shape[1], width):
+        which = slice(start, start + width)
+        yield which, _in_float64(features[:, which], name)
+
+
+def _in_float64(features: Tensor, name: str) -> Tensor:
+    """Return a copy of features in float64, after log1p if `name` asks for it."""
+    values = features.to(torch.float64, copy=True)
+    if name.startswith("log1p"):
+        sign = values.sign()
+        values = values.abs_().log1p_().mul_(sign)
+    return values

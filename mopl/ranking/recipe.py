@@ -26,11 +26,13 @@ from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, p
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.experiments.stages import Trained
 from mopl.ranking.config import RankConfig
+from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import check_measurable, distances_to_truth, evaluate, true_front
 from mopl.ranking.methods import BasePolicy, Policy
 from mopl.ranking.runs import RankingRun, fingerprint, load_splits, save_normalizer
 from mopl.ranking.stages import Stages, check_base, load_policy
 from mopl.ranking.validation import Validation
+from mopl.training.parallel import on_main
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "rank"]
 
@@ -92,7 +94,7 @@ class RankingRecipe(Recipe):
             for setting in ("steps", "base_steps"):  # 0 was allowed once
                 if getattr(self.config, setting) == 0:
                     raise ValueError(f"{setting} is 0 but must be at least 1")
-        self.splits = load_splits(self.config, recorded=self.record is not None)
+        self.splits = self._load()
         train, test = self.splits["train"], self.splits["test"]
         for name, split in self.splits.items():
             whole = f"{split.name}: {counted(len(split), 'query')}, {counted(split.num_items, 'item')}"
@@ -115,6 +117,18 @@ class RankingRecipe(Recipe):
             "splits": {name: split.statistics() for name, split in self.splits.items()},
             "objectives": [objective.to_dict() for objective in (train.main, *train.objectives)],
         }
+
+    def _load(self) -> dict[str, RankingData]:
+        """Return the splits; one process reads files first, and the others find them in its cache."""
+        found: dict[str, RankingData] = {}
+
+        def load() -> None:
+            found.update(load_splits(self.config, recorded=self.record is not None))
+
+        on_main(self.accelerator, load)
+        if not found:
+            load()
+        return found
 
     def prepare(self) -> None:
         """Train the base model, score all splits with it, find the true front of generated data."""

@@ -25,7 +25,9 @@ from mopl._counted import counted
 from mopl._extras import require
 from mopl._lines import TextError, open_bytes, read_lines
 from mopl._terminal import progress
+from mopl.ranking import storage
 from mopl.ranking.array_cache import ArrayCache
+from mopl.ranking.storage import Rows
 
 _LINES_AT_ONCE = 20_000
 _PROGRESS_FROM_BYTES = 20_000_000
@@ -47,6 +49,7 @@ class LetorFile:
     labels: np.ndarray  # (N,) float64, the first number of each line
     offsets: np.ndarray  # (Q + 1,) int64, where the queries begin and end
     query_ids: np.ndarray  # (Q,) int64, or uint64 if one is 2^63 or more; 0, 1, ... where the file has none
+    has_ids: bool = True
 
     def line_of(self, item: int) -> int:
         """Return the line, from 1, on which an item stands: for messages."""
@@ -83,7 +86,8 @@ def read_letor(
     arrays = kept.load(_ARRAYS)
     if arrays is None:
         arrays = _parse(path, labels)
-        kept.save(arrays)
+        if kept.save(arrays) and arrays["features"].nbytes > storage.LIMIT:
+            arrays = kept.load(_ARRAYS) or arrays  # mapped from there, so that the temporary file goes
     groups = _side_file(path)
     if arrays["query_ids"].size:
         offsets, query_ids = arrays["offsets"], arrays["query_ids"]
@@ -95,7 +99,7 @@ def read_letor(
     else:
         offsets = read_groups(groups, len(arrays["labels"]), path)
         query_ids = np.arange(len(offsets) - 1)
-    return LetorFile(path, arrays["features"], arrays["labels"], offsets, query_ids)
+    return LetorFile(path, arrays["features"], arrays["labels"], offsets, query_ids, arrays["query_ids"].size > 0)
 
 
 def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
@@ -260,7 +264,7 @@ def _parse(path: Path, names: Mapping[int, str]) -> dict[str, np.ndarray]:
 
     load: Any = load_svmlight_file  # its annotations are those of the defaults
 
-    blocks: list[np.ndarray] = []
+    rows = Rows()
     labels: list[np.ndarray] = []
     size = path.stat().st_size
     shown = progress(f"reading {path.name}", size, "B", show=size >= _PROGRESS_FROM_BYTES)
@@ -276,20 +280,13 @@ def _parse(path: Path, names: Mapping[int, str]) -> dict[str, np.ndarray]:
             if not lines.rows:
                 continue
             _check_chunk(lines, matrix, label, names)
-            blocks.append(matrix.toarray())
+            rows.append(matrix.toarray())
             labels.append(label)
             bar.update(raw.tell() - bar.done)
-    if not blocks:
+    if not labels:
         raise LetorError(f"{path}: the file has no documents")
-    width = max(block.shape[1] for block in blocks)
-    features = np.zeros((lines.items, width), dtype=np.float32)
-    start = 0
-    while blocks:  # each block is let go as soon as it is copied
-        block = blocks.pop(0)
-        features[start : start + len(block), : block.shape[1]] = block
-        start += len(block)
     return {
-        "features": features,
+        "features": rows.matrix(),
         "labels": np.concatenate(labels),
         "offsets": np.array([*lines.starts, lines.items] if lines.has_ids else [], dtype=np.int64),
         "query_ids": np.array(lines.ids, dtype=np.int64 if lines.most < 2**63 else np.uint64),

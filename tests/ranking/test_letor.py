@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mopl.ranking import svmlight
+from mopl.ranking import storage, svmlight
 from mopl.ranking.array_cache import ArrayCache
 from mopl.ranking.letor import find_files, load_letor
 from mopl.ranking.loading import load
@@ -472,7 +472,7 @@ def test_a_second_reading_comes_from_the_cache_and_is_equal(tmp_path, parses):
     path = write(tmp_path / "d.txt", SMALL)
     first, second = read_letor(path), read_letor(path)
     assert len(parses) == 1
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".d.txt.mopl.npz", "d.txt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".d.txt.mopl", "d.txt"]
     for name in ("features", "labels", "offsets", "query_ids"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
         assert getattr(first, name).dtype == getattr(second, name).dtype
@@ -483,10 +483,10 @@ def test_a_second_reading_comes_from_the_cache_and_is_equal(tmp_path, parses):
 def test_what_a_killed_writer_left_beside_a_valid_cache_goes(tmp_path, parses):
     path = write(tmp_path / "d.txt", SMALL)
     read_letor(path)
-    (tmp_path / ".writing-0123456789abcdef-.d.txt.mopl.npz").mkdir()  # killed after the rename
+    (tmp_path / ".writing-0123456789abcdef-.d.txt.mopl").mkdir()  # killed after the rename
     read_letor(path)
     assert len(parses) == 1
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".d.txt.mopl.npz", "d.txt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".d.txt.mopl", "d.txt"]
 
 
 def test_the_cache_notices_every_change_of_the_file(tmp_path, parses, monkeypatch):
@@ -507,17 +507,32 @@ def test_the_cache_notices_every_change_of_the_file(tmp_path, parses, monkeypatc
     assert len(parses) == 4
 
 
-def test_a_damaged_cache_is_reported_and_written_anew(tmp_path, parses):
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 28], ids=["mapped", "in memory"])
+@pytest.mark.parametrize("file", ["features.npy", "labels.npy", "stamp.json"])
+@pytest.mark.parametrize("damage", [flipped, lambda content: content[:-8]], ids=["another bit", "cut off"])
+def test_a_damaged_cache_is_reported_and_written_anew(tmp_path, parses, monkeypatch, limit, file, damage):
+    monkeypatch.setattr(storage, "LIMIT", limit)
     path = write(tmp_path / "d.txt", SMALL)
     read_letor(path)
-    cached = tmp_path / ".d.txt.mopl.npz"
-    cached.write_bytes(cached.read_bytes()[:300])
+    cached = tmp_path / ".d.txt.mopl" / file
+    cached.write_bytes(damage(cached.read_bytes()))
     with pytest.warns(UserWarning, match="this cache cannot be read"):
         assert len(read_letor(path).labels) == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_letor(path)
     assert len(parses) == 2
+
+
+def test_the_cache_of_an_earlier_version_is_replaced(tmp_path):
+    path = write(tmp_path / "d.txt", SMALL)
+    (tmp_path / ".d.txt.mopl.npz").write_bytes(b"old")
+    read_letor(path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".d.txt.mopl", "d.txt"]
 
 
 def test_the_cache_goes_to_the_folder_asked_for(tmp_path, parses):
@@ -561,11 +576,11 @@ def test_a_read_only_folder_is_cached_in_the_users_cache_folder(tmp_path, parses
 def test_a_cache_is_whole_or_absent(tmp_path, monkeypatch):
     path = write(tmp_path / "d.txt", SMALL)
 
-    def full_disk(file, **arrays):
+    def full_disk(file, array):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(np, "save", full_disk)
     with pytest.warns(UserWarning, match="no space is left"):
         ArrayCache(path, tmp_path / "c").save({"a": np.zeros(3)})
     assert list((tmp_path / "c").iterdir()) == []
