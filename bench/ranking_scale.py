@@ -6,11 +6,12 @@
 Files are generated: 136 columns, lists of 120 documents, blocks of lines repeated under new query ids, which are about
 as long as MSLR's lines. Every figure is of a process of its own. `sklearn` is `load_svmlight_file(query_id=True)` with
 float32 values, which reads what mopl needs, but leaves the matrix sparse; `first` is `read_letor` without a cache
-there, which checks and writes the cache, too; `again` reads from it. They take turns in every round. `s` is processor time,
-which other work on the machine disturbs least, as the median of the rounds. `speed` is sklearn's time over mopl's: 0.8
-is 80 % of its speed. `load` is `mopl.ranking.load` from the cache: split by query and normalised; `steps` are 100 steps
-of AdamW on batches of 16 lists after it, whose peak includes the load. `GB` is the peak of resident memory, which
-counts pages of a mapped file that the system may take back.
+there, which checks and writes the cache, too; `again` reads from it. They take turns in every round.
+
+`s` is processor time, which other work on the machine disturbs least, as the median of the rounds. `speed` is sklearn's
+time over mopl's: 0.8 is 80 % of its speed. `load` is `mopl.ranking.load` from the cache: split by query and normalised.
+`steps` are 100 steps of AdamW on batches of 16 lists after it, whose peak includes the load. `GB` is the peak of
+resident memory, which counts the libraries (0.4 GB) and those pages of a mapped file that the system may take back.
 """
 
 from __future__ import annotations
