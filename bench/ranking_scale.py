@@ -57,7 +57,8 @@ def generate(file: Path, rows: int, seed: int = 0) -> None:
 def _sklearn(file: Path, cache: Path) -> object:
     from sklearn.datasets import load_svmlight_file
 
-    return load_svmlight_file(str(file), dtype=np.float32, query_id=True)
+    load: Any = load_svmlight_file  # its annotations are those of the defaults
+    return load(str(file), dtype=np.float32, query_id=True)
 
 
 def _read(file: Path, cache: Path) -> object:
