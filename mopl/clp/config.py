@@ -99,9 +99,15 @@ class ClpConfig(LanguageModelSettings):
     trade_offs: int | None = in_training(
         None,
         "number of distinct trade-offs in a step",
-        unset="2 where parameters are mixed, else one for each prompt",
+        unset="2 where parameters are mixed, else one for each prompt; one for each objective with share_rollouts",
         at_least=1,
         metavar="N",
+    )
+    share_rollouts: bool = in_training(
+        False,
+        "answer each prompt at trade-offs drawn from those of the step, and let each answer count at all of them, by "
+        "importance weights (`balance_weights`): less noise from as many answers, and a run of the model for each "
+        "trade-off over all of them",
     )
     steps: int = in_training(200, "optimizer steps of each trained model", at_least=1)
     prompts_per_step: int = in_training(8, "prompts per rollout", at_least=1, metavar="N")
@@ -208,6 +214,17 @@ class ClpConfig(LanguageModelSettings):
                 f"baseline {self.baseline!r} averages over a prompt's samples, of which there is one; raise "
                 "samples_per_prompt, or take baseline='value'"
             )
+        if self.share_rollouts and (self.baseline == "group" or self.trade_offs == 1):
+            wrong = "trade_offs 1" if self.trade_offs == 1 else "baseline 'group'"
+            remedy = "raise trade_offs" if self.trade_offs == 1 else "take baseline='leave_one_out'"
+            raise ValueError(
+                f"share_rollouts lets an answer count at several trade-offs, which {wrong} does not go with; {remedy}, "
+                "or leave share_rollouts out"
+            )
+        if self.share_rollouts and self.rollout_server is not None and self.importance_level == "token":
+            raise ValueError(
+                "share_rollouts weighs whole answers; take importance_level='sequence' for those of rollout_server"
+            )
         if self.standardize and self.baseline != "group":
             raise ValueError("standardize divides by a group's deviation; it needs baseline='group'")
         if self.normalize_decay != 1 and self.normalize != "running":
@@ -248,6 +265,14 @@ class ClpConfig(LanguageModelSettings):
     def conditions_on_kl(self) -> bool:
         """Whether the policy is asked for several KL weights."""
         return len(self.kl_weight) > 1
+
+    def trade_offs_of(self, kind: str, objectives: int) -> int:
+        """Return how many distinct trade-offs a step of a kind of policy has."""
+        if self.trade_offs is not None:
+            return self.trade_offs
+        if self.share_rollouts:
+            return max(2, objectives)
+        return 2 if kind == "clp" and self.mixes_parameters else self.prompts_per_step
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.clp.rollout import AnswerSource, Rollout, RolloutStore, Sampler, roll
 from mopl.language_models.head import IGNORE_INDEX
-from mopl.losses.importance import ImportanceWeights, importance_weights
+from mopl.losses.importance import ImportanceWeights, balance_weights, importance_weights
 from mopl.losses.policy_gradient import policy_gradient, value_loss
 from mopl.rewards import Rewards, prompt_key
 from mopl.rewards.scale import RewardScale
@@ -167,7 +167,7 @@ class ClpLoss:
         if rollout is None:
             self.guard.check_size(policy.model, step)  # first: sampling may not survive what has overflowed
             rollout = roll(policy, batch, self.sampler, self.rewards, config, self.source)
-            rollout.scaled = self._scaled(policy, rollout.rewards)
+            rollout.scaled = self._scaled(policy, rollout.rewards, rollout.trade_offs)
         device = policy.device
         inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)
         here = rollout.to(device)
@@ -179,45 +179,57 @@ class ClpLoss:
         # A response without one of its rewards counts for nothing, and not in another's baseline either.
         usable = ~(raw.isnan() & (rollout.weights > 0)).any(1).to(device)
         counted = mask & usable[:, None]
-        engine = None
+        by_policy = logprob.detach() if here.behaviour is None else here.behaviour
+        importance = engine = shared = None
         if here.sampled is not None:
-            by_policy = logprob.detach() if here.behaviour is None else here.behaviour
+            own = rollout.own.to(device)
             engine = importance_weights(
-                by_policy, here.sampled, mask=mask, level=config.importance_level, cap=config.importance_cap
-            )
+                by_policy[own], here.sampled[own], mask=mask[own], level=config.importance_level,
+                cap=config.importance_cap,
+            )  # fmt: skip
             if fresh:
                 self.guard.check_engine(step, engine)
+            importance = engine.weights
+        if rollout.source is not None:
+            of_responses = by_policy.masked_fill(~mask, 0.0).sum(1).view(rollout.trade_offs, -1)
+            shared = balance_weights(of_responses)
+            importance = (shared if importance is None else shared * importance).flatten()
         baseline: Any = {"value": values, "none": None}.get(config.baseline, config.baseline)
         assert here.scaled is not None
         found = policy_gradient(
             logprob, here.scaled, w, kl_weight=kl_weight, reference=here.reference,
             behaviour=None if fresh else here.behaviour, mask=counted,
-            importance=None if engine is None else engine.weights,
+            importance=importance,
             baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
-            group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,
+            group=self._groups(here) if isinstance(baseline, str) else None, standardize=config.standardize,
             kl_form=config.kl_form, kl_in=config.kl_in, kl_estimator=config.kl_estimator, kl_level=config.kl_level,
             exact_kl=None if every_kl is None else every_kl.gather(1, place), to_go=config.to_go,
             clip=None if fresh else config.clip, ratio_level="token" if fresh else config.ratio_level,
         )  # fmt: skip
         loss = found.loss
+        # Figures of a policy are means over its own responses: those of others count as in the loss.
+        each = torch.ones_like(found.kl) if shared is None else shared.flatten()
         # Minus the mean log-probability of what was sampled estimates the entropy of a token.
-        entropy = -logprob.detach().masked_fill(~mask, 0.0).sum() / mask.sum()
-        responses = usable.sum().clamp(min=1)
-        kl = found.kl.sum() / responses
+        lengths = mask.sum(1) * each
+        entropy = -(logprob.detach().masked_fill(~mask, 0.0).sum(1) * each).sum() / lengths.sum()
+        responses = (usable * each).sum().clamp(min=1)
+        kl = (found.kl * each).sum() / responses
         logs: dict[str, Any] = {f"reward/{name}": raw[:, j].nanmean() for j, name in enumerate(self.rewards.names)}
         logs |= {
-            "return": found.sequence_returns.sum() / responses, "kl": kl, "entropy": entropy,
-            "tokens": mask.sum(1).float().mean(), "missing": 1 - usable.float().mean(), "clip_share": found.clip_share,
+            "return": (found.sequence_returns * each).sum() / responses, "kl": kl, "entropy": entropy,
+            "tokens": lengths.float().mean(), "missing": 1 - usable.float().mean(), "clip_share": found.clip_share,
         }  # fmt: skip
         if engine is not None:
             logs |= {"importance": engine.ratio, "truncated": engine.truncated, "engine_kl": engine.kl}
+        if shared is not None:  # of as many responses without weights an average would have the same variance
+            logs["effective_share"] = (shared.sum(1).square() / shared.square().sum(1)).mean() / shared.shape[1]
         if policy.running is not None:
             for name, mean, deviation in zip(
                 self.rewards.names, policy.running.mean, policy.running.deviation, strict=True
             ):  # fmt: skip
                 logs |= {f"mean/{name}": mean, f"deviation/{name}": deviation}
         if fresh:
-            estimate = (logprob.detach() - here.reference).masked_fill(~mask, 0.0).sum(1).mean()
+            estimate = ((logprob.detach() - here.reference).masked_fill(~mask, 0.0).sum(1) * each).mean()
             self.guard(step, raw, estimate, entropy, self.rewards.names)
             rollout.behaviour = logprob.detach()
             self.store.keep(batch, rollout)
@@ -227,25 +239,34 @@ class ClpLoss:
                 self._write(rollout, step + 1)
         if values is not None:
             regression = value_loss(values, found.sequence_returns, reduction="none")
-            if engine is not None and engine.weights.ndim == 1:  # it regresses what the policy's own answers are worth
-                regression = engine.weights * regression
+            if importance is not None and importance.ndim == 1:  # it regresses what the policy's own answers are worth
+                regression = importance * regression
             regression = regression.masked_fill(~usable, 0.0).sum() / responses
             logs["value_loss"] = regression.detach()
             loss = loss + regression
         return loss, logs
 
-    def _scaled(self, policy: Policy, rewards: Tensor) -> Tensor:
+    def _scaled(self, policy: Policy, rewards: Tensor, trade_offs: int) -> Tensor:
         """Return the rewards of a new rollout in the scale of the objective, which may then follow them."""
         if policy.running is None:
             return self.scale(rewards)
         scaled = policy.running(rewards)
-        policy.running.update(rewards)
+        policy.running.update(rewards[: len(rewards) // trade_offs])  # each response once
         return scaled
+
+    def _groups(self, rollout: Rollout) -> int | Tensor:
+        """Return which rows answer one prompt at one trade-off."""
+        if rollout.prompt is None:
+            return self.config.samples_per_prompt
+        block = torch.arange(len(rollout.prompt), device=rollout.prompt.device) * rollout.trade_offs
+        return rollout.prompt * rollout.trade_offs + block // len(rollout.prompt)
 
     def _write(self, rollout: Rollout, step: int) -> None:
         """Log responses to different prompts, as many as asked for."""
         assert self.log is not None and rollout.behaviour is not None
-        chosen = range(0, len(rollout.texts), self.config.samples_per_prompt)[: self.config.log_samples]
+        groups = self._groups(rollout)
+        first = rollout.own[::groups] if isinstance(groups, int) else _first_of_each(rollout.own, groups)
+        chosen = first[: self.config.log_samples].tolist()
         names = self.rewards.names
         log_ratio = rollout.behaviour.cpu() - rollout.reference.cpu()
         for r in chosen:
@@ -256,6 +277,14 @@ class ClpLoss:
                 "text": rollout.texts[r], "rewards": dict(zip(names, values, strict=True)),
                 "log_ratio": round(float(log_ratio[r, : len(rollout.responses[r])].sum()), 4),
             })  # fmt: skip
+
+
+def _first_of_each(rows: Tensor, groups: Tensor) -> Tensor:
+    """Return the first of these rows of each group."""
+    seen: dict[int, int] = {}
+    for row in rows.tolist():
+        seen.setdefault(int(groups[row]), row)
+    return torch.tensor(list(seen.values()))
 
 
 def _in_place(hidden: Tensor, targets: Tensor, exists: Tensor) -> Tensor:  # (R, n, H), (R, T), (R, n) -> (R, T, H)

@@ -209,12 +209,13 @@ def split_prompts(
 class PromptBatch:
     """One part of a step's prompts with the trade-offs at which they are answered."""
 
-    prompts: Prompts  # p prompts
-    weights: Tensor  # (P, m) float32
-    kl_weight: Tensor  # (P,) float32
+    prompts: Prompts  # P prompts
+    weights: Tensor  # (P, m) float32; where rollouts are shared (K, m), of the trade-offs of the step
+    kl_weight: Tensor  # (P,) float32, or (K,)
     step: int  # the step whose rollout this is: the first of its `epochs`
     part: int  # which part of the step it is, of `parts`
     parts: int  # parts of the step
+    sources: Tensor | None = None  # (P, S) int64, which of the K trade-offs each answer is sampled at
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -228,7 +229,7 @@ class PromptSource:
         config: Settings.
         objectives: m.
         fixed: (m,) weights of every step, for an expert; None: drawn from the Dirichlet distribution.
-        trade_offs: Different trade-offs in a step; at most the prompts of a step.
+        trade_offs: Different trade-offs in a step; at most the prompts of a step, unless rollouts are shared.
     """
 
     def __init__(
@@ -236,24 +237,34 @@ class PromptSource:
     ) -> None:
         self.prompts, self.config, self.batch_size = prompts, config, config.prompts_per_step
         choices = config.kl_weight if fixed is None else config.kl_weight[:1]
+        self.shared = config.share_rollouts and fixed is None
         # Prompts of one trade-off stand side by side, so that they are generated together.
-        self.kl_weight = samplers.one_of(choices, self.batch_size, per=trade_offs, seed=config.seed)
+        rows, per = (trade_offs, "list") if self.shared else (self.batch_size, trade_offs)
+        self.kl_weight = samplers.one_of(choices, rows, per=per, seed=config.seed)
         if fixed is not None:
             self.weights = samplers.fixed(fixed, self.batch_size)
         else:
             self.weights = samplers.dirichlet_weights(
-                objectives, self.batch_size, concentration=config.concentration, per=trade_offs, seed=config.seed
+                objectives, rows, concentration=config.concentration, per=per, seed=config.seed, balanced=self.shared
             )
+        # At random for each answer by itself: then an average of a prompt's other answers is a baseline.
+        self.sources = samplers.one_of(
+            range(trade_offs), self.batch_size * config.samples_per_prompt, per="list", seed=config.seed, stream=1
+        )
 
     def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> PromptBatch:
         """Return part `rank` of `world_size` of the prompts of `step`."""
         rollout = step // self.config.epochs
         rows = part_of_batch(self.batch_size, rank, world_size)
         chosen = shuffled_indices(len(self.prompts), self.batch_size, seed=self.config.seed, step=rollout)[rows]
+        weights, kl_weight, sources = self.weights(rollout), self.kl_weight(rollout), None
+        if self.shared:
+            sources = self.sources(rollout).long().view(self.batch_size, -1)[rows]
+        else:
+            weights, kl_weight = weights[rows], kl_weight[rows]
         return PromptBatch(
-            self.prompts.at(chosen),
-            self.weights(rollout)[rows], self.kl_weight(rollout)[rows], rollout * self.config.epochs, rank, world_size,
-        )  # fmt: skip
+            self.prompts.at(chosen), weights, kl_weight, rollout * self.config.epochs, rank, world_size, sources
+        )
 
 
 def describe(prompts: dict[str, Prompts]) -> dict[str, Any]:

@@ -204,7 +204,11 @@ class Sampler:
 
 
 class Rollout(msgspec.Struct, forbid_unknown_fields=True):
-    """R responses, S for each of P prompts, in the order of the prompts."""
+    """R responses, S for each of P prompts, in the order of the prompts.
+
+    Where K trade-offs share them, K times as many rows: all of them at the first trade-off, at the second, ...; the
+    responses then in the order of the trade-offs that they were sampled at.
+    """
 
     step: int  # the step they were sampled at
     prompts: list[list[int]]  # tokens of the prompts as the policy reads them, R
@@ -221,6 +225,17 @@ class Rollout(msgspec.Struct, forbid_unknown_fields=True):
     scaled: Tensor | None = None  # (R, m) the rewards in the scale of the objective, once it is known
     behaviour: Tensor | None = None  # (R, n) log-probabilities under the policy as it sampled, once they are known
     sampled: Tensor | None = None  # (R, n) the same by the server that sampled in its place
+    # Where K trade-offs share the responses: K; for each row, which of the prompts it answers, and at which trade-off
+    # its response was sampled.
+    trade_offs: int = 1
+    prompt: Tensor | None = None
+    source: Tensor | None = None
+
+    @property
+    def own(self) -> Tensor:
+        """The rows of the responses, in their order, at the trade-offs at which they were sampled."""
+        rows = torch.arange(len(self.responses))
+        return rows if self.source is None else rows[self.source.cpu() == rows // (len(rows) // self.trade_offs)]
 
     def to(self, device: torch.device | str) -> Rollout:
         """Return the rollout with its tensors on a device."""
@@ -239,8 +254,13 @@ def roll(
 ) -> Rollout:
     """Sample responses to prompts, each at its trade-off, from `source` or else from the policy, and score them."""
     samples = config.samples_per_prompt
-    w, kl_weight = batch.weights.repeat_interleave(samples, 0), batch.kl_weight.repeat_interleave(samples)
-    asked = batch.prompts.repeated(samples)
+    if batch.sources is None:
+        at = prompt = torch.arange(len(batch)).repeat_interleave(samples)
+    else:  # those of one trade-off side by side, so that they are generated together
+        at, order = batch.sources.flatten().sort(stable=True)
+        prompt = order // samples
+    w, kl_weight = batch.weights[at], batch.kl_weight[at]
+    asked = batch.prompts.at(prompt.tolist())
     own = [policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(asked.tokens)]
     with evaluating(policy):
         answers = (source or sampler).answer(policy, own, w, kl_weight, batch)
@@ -251,12 +271,36 @@ def roll(
                 reference, asked.tokens, answers.tokens, head=head if exact or policy.value is not None else None
             )
     values = rewards(answers.texts, asked.texts)
-    return Rollout(
+    rollout = Rollout(
         batch.step, own, answers.tokens, answers.texts, list(asked.texts), values, w, kl_weight, base,
         features=states[:, 0].clone() if states is not None and policy.value is not None else None,
         hidden=states if exact else None,
         sampled=None if answers.token_log_probs is None else _rows(answers.token_log_probs),
     )  # fmt: skip
+    if batch.sources is None:
+        return rollout
+    rollout.prompt, rollout.source = prompt, at
+    return _at_every_trade_off(rollout, policy, batch, asked.tokens, sampler.tokenizer)
+
+
+def _at_every_trade_off(
+    rollout: Rollout, policy: Policy, batch: PromptBatch, prompts: Sequence[Sequence[int]], tokenizer: Any
+) -> Rollout:
+    """Return the rows of a rollout once for each trade-off of the step."""
+    count, rows = len(batch.weights), len(prompts)
+    w, kl_weight = batch.weights.repeat_interleave(rows, 0), batch.kl_weight.repeat_interleave(rows)
+    values = msgspec.structs.asdict(rollout)
+    every: dict[str, Any] = {
+        name: value.repeat(count, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * count
+        for name, value in values.items()
+        if isinstance(value, Tensor | list)
+    }
+    every |= {"trade_offs": count, "weights": w, "kl_weight": kl_weight}
+    if policy.words:  # the trade-off stands in front of the prompt
+        every["prompts"] = [
+            policy.tokens(tokens, w[r], float(kl_weight[r]), tokenizer) for r, tokens in enumerate([*prompts] * count)
+        ]
+    return msgspec.structs.replace(rollout, **every)
 
 
 def _rows(values: Sequence[Sequence[float]]) -> Tensor:

@@ -87,9 +87,8 @@ class Stages(RunStages):
     def _policy(self, name: str, folder: Path, kind: str, expert: str | None = None) -> Trained:
         """Train a policy unless it is there; `expert` names the reward of one."""
         config, m = self.config, len(self.objectives)
-        count = 2 if kind == "clp" and config.mixes_parameters else config.prompts_per_step
         source = PromptSource(
-            self.prompts["train"], config, m, trade_offs=config.trade_offs or count,
+            self.prompts["train"], config, m, trade_offs=config.trade_offs_of(kind, m),
             fixed=None if expert is None else torch.eye(m)[self.objectives.index(expert)],
         )  # fmt: skip
 

@@ -24,14 +24,22 @@ def fixed(value: Tensor, batch_size: int) -> Sampler:
     return lambda step: rows
 
 
-def dirichlet_weights(objectives: int, batch_size: int, *, concentration: float, per: Per, seed: int) -> Sampler:
+def dirichlet_weights(
+    objectives: int, batch_size: int, *, concentration: float, per: Per, seed: int, balanced: bool = False
+) -> Sampler:
     """Return a sampler of weights w ~ Dirichlet(concentration), on the simplex, for the lists of a step.
 
     One vector is drawn `per` "list"; one per "step", as in algorithm 1 of Ren et al. (COS-DPO, UAI 2025); or `per` is
-    how many different vectors a step has, each of them for lists that stand side by side.
+    how many different vectors a step has, each of them for lists that stand side by side. `balanced` as in
+    `sample_weights`.
     """
     count = _draws(per, batch_size)
-    return lambda step: _spread(sample_weights(objectives, count, concentration, seed=seed, step=step), batch_size)
+
+    def draw(step: int) -> Tensor:
+        rows = sample_weights(objectives, count, concentration, seed=seed, step=step, balanced=balanced)
+        return _spread(rows, batch_size)
+
+    return draw
 
 
 def box_betas(
@@ -45,12 +53,15 @@ def box_betas(
     return lambda step: _spread(sample_betas(objectives, count, low, high, seed=seed, step=step).normalized, batch_size)
 
 
-def one_of(values: Sequence[float], batch_size: int, *, per: Per, seed: int) -> Sampler:
-    """Return a sampler of one of some numbers, all as likely, for each list, (B,); `per` as in `dirichlet_weights`."""
+def one_of(values: Sequence[float], batch_size: int, *, per: Per, seed: int, stream: int = 0) -> Sampler:
+    """Return a sampler of one of some numbers, all as likely, for each list, (B,); `per` as in `dirichlet_weights`.
+
+    Draws of another `stream` are independent.
+    """
     choices, count = torch.tensor(values), _draws(per, batch_size)
 
     def draw(step: int) -> Tensor:
-        uniform = sample_betas(1, count, 1.0, 2.0, seed=seed, step=step).beta[:, 0] - 1
+        uniform = sample_betas(1, count, 1.0, 2.0, seed=seed, step=step, rank=stream).beta[:, 0] - 1
         return _spread(choices[(uniform * len(choices)).long().clamp(max=len(choices) - 1)], batch_size)
 
     return draw

@@ -78,6 +78,7 @@ def sample_weights(
     seed: int,
     step: int,
     rank: int = 0,
+    balanced: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw weight vectors w ~ Dirichlet(α), as in Weight-COS-DPO (Ren et al., UAI 2025, equation 12).
@@ -92,19 +93,30 @@ def sample_weights(
         seed: Seed of the run.
         step: Step of the optimiser.
         rank: Process of a distributed run.
+        balanced: Draw one vector for every m rows, which have it and its rotations: each row by itself has the same
+            distribution, and every objective has the same weight in the sum of the m rows.
         dtype: dtype of the result; the draw itself is in float64.
 
     Returns:
         (count, m) on the simplex, on the CPU.
 
     Raises:
-        ValueError: If concentration is not positive or has another length than m, or seed, step or rank is not an
-            integer from 0 to 2^64 - 1.
+        ValueError: If concentration is not positive or has another length than m, or differs between objectives where
+            draws are balanced, or seed, step or rank is not an integer from 0 to 2^64 - 1.
     """
     _check_count(objectives, count)
     parameters = _box(concentration, objectives, "concentration")
-    draws = _generator(seed, step, rank, _WEIGHTS).dirichlet(parameters, size=count)
-    return torch.from_numpy(draws).to(dtype)
+    if not balanced:
+        draws = _generator(seed, step, rank, _WEIGHTS).dirichlet(parameters, size=count)
+        return torch.from_numpy(draws).to(dtype)
+    if (parameters != parameters[0]).any():
+        raise ValueError(
+            f"concentration is {parameters.tolist()} but must be one number for balanced draws, which give each "
+            "objective every weight in turn"
+        )
+    draws = _generator(seed, step, rank, _WEIGHTS).dirichlet(parameters, size=-(-count // objectives))
+    turns = np.stack([np.roll(draws, turn, axis=1) for turn in range(objectives)], axis=1)
+    return torch.from_numpy(turns.reshape(-1, objectives)[:count]).to(dtype)
 
 
 def sample_betas(

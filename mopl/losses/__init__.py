@@ -8,7 +8,7 @@ autograd of the plain formula and at its cost. Losses over all pairs then hold t
 
 from mopl.losses import scalarize
 from mopl.losses.all_pairs import approx_ndcg, lambda_loss, pairwise_logistic
-from mopl.losses.importance import ImportanceWeights, importance_weights
+from mopl.losses.importance import ImportanceWeights, balance_weights, importance_weights
 from mopl.losses.labels import normalize_labels, presort
 from mopl.losses.listwise import listwise_dpo, plackett_luce
 from mopl.losses.pairwise import DPOLoss, bradley_terry
@@ -25,6 +25,7 @@ __all__ = [
     "policy_gradient",
     "PolicyGradient",
     "importance_weights",
+    "balance_weights",
     "ImportanceWeights",
     "kl_estimate",
     "group_mean",

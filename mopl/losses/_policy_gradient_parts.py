@@ -169,6 +169,7 @@ def group_mean(
     *,
     leave_one_out: bool,
     valid: Tensor | None = None,  # (B,) bool
+    counts: Tensor | None = None,  # (B,)
 ) -> Tensor:  # (B,)
     """Return for each response the mean of its group, with or without itself.
 
@@ -180,6 +181,7 @@ def group_mean(
         group: size of groups of consecutive responses, or one integer a response (B,).
         leave_one_out: whether a response is left out of its own mean.
         valid: which responses count; the values of others are not read.
+        counts: how much each counts in the means of others, positive; default 1.
 
     Returns:
         (B,), float32, or float64 for float64; 0 where no response is left to average. Memory is O(B), however the
@@ -206,10 +208,15 @@ def group_mean(
     values = torch.where(valid, values, 0).to(wide)
     origin = values[first]
     away = torch.where(valid, values - origin, 0)
-    total, count = (segment_sum(t, place, rows)[place] for t in (away, valid.long()))
-    if leave_one_out:
-        total, count = total - away, count - valid.long()
-    return torch.where(count > 0, origin + total / count.clamp(min=1), 0).to(dtype)
+    number_of = segment_sum(valid.long(), place, rows)[place] - (valid.long() if leave_one_out else 0)
+    if counts is None:
+        total = segment_sum(away, place, rows)[place] - (away if leave_one_out else 0)
+        mean = total / number_of.clamp(min=1)
+    else:
+        share = torch.where(valid, counts, 0).to(wide)
+        total, count = (segment_sum(t, place, rows)[place] - (t if leave_one_out else 0) for t in (share * away, share))
+        mean = total / torch.where(number_of > 0, count, 1)
+    return torch.where(number_of > 0, origin + mean, 0).to(dtype)
 
 
 def group_deviation(values: Tensor, group: int | Tensor, valid: Tensor) -> Tensor:
@@ -218,6 +225,34 @@ def group_deviation(values: Tensor, group: int | Tensor, valid: Tensor) -> Tenso
     square = (wide - group_mean(wide, group, leave_one_out=False, valid=valid)).square()
     deviation = group_mean(square, group, leave_one_out=False, valid=valid).sqrt()
     return deviation.to(compute_dtype(values))
+
+
+def baseline_of(
+    baseline: Tensor | str | None,
+    group: int | Tensor | None,
+    returns: Tensor,
+    policy: Tensor,
+    valid: Tensor,
+    importance: Tensor | None,
+) -> Tensor:
+    """Return the baseline as something that broadcasts to (B, T)."""
+    if baseline is None:
+        return torch.zeros_like(returns)[:, None]
+    if isinstance(baseline, str):
+        check_choice(baseline, ("leave_one_out", "group"), "baseline")
+        if group is None:
+            raise ValueError(f"baseline={baseline!r} needs group: the number of responses of one prompt")
+        alone = baseline == "leave_one_out"
+        # A little more for each, so that there is a mean where all others count 0; it is still of the others alone.
+        counts = importance + 1e-3 if alone and importance is not None else None
+        return group_mean(returns, group, leave_one_out=alone, valid=valid, counts=counts)[:, None]
+    if baseline.shape not in (policy.shape, policy.shape[:1]):
+        raise ValueError(
+            f"baseline has shape {shape_of(baseline)} but logprob has {shape_of(policy)}; pass one value a response, "
+            f"({policy.shape[0]},), or one a token"
+        )
+    value = baseline.detach().to(policy.dtype)
+    return value if value.ndim == 2 else value[:, None]
 
 
 def value_loss(

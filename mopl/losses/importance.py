@@ -15,6 +15,15 @@ variance: without a cap there is no bias. At `level="token"` each token counts b
 takes the prefixes as if sampled from π: less variance, and a bias even without a cap. Trainers that sample with vLLM
 have both: verl's `rollout_is` ("token", "sequence"; threshold 2) and TRL's `vllm_importance_sampling_mode`
 ("token_truncate", "sequence_truncate").
+
+Responses that a conditioned policy sampled at one trade-off may count at the others of the step as well. Where each
+comes from one of K policies π_1, ..., π_K, drawn at random with equal chances, its density is the mean of all of them,
+and the weight at trade-off k is that of the balance heuristic (Veach & Guibas 1995),
+
+    r_k(y) = π_k(y) / (1/K Σ_j π_j(y)),
+
+exact in the mean, and never above K: no cap is needed. Early in a training, where the policies are nearly one, all are
+1, and each trade-off has the responses of all.
 """
 
 from __future__ import annotations
@@ -25,10 +34,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice, compute_dtype
+from mopl._arguments import check_choice, check_floating, compute_dtype, shape_of
 from mopl.losses._policy_gradient_parts import check_logprob, check_tokens, estimate
 
-__all__ = ["ImportanceWeights", "importance_weights"]
+__all__ = ["ImportanceWeights", "balance_weights", "importance_weights"]
 
 
 class ImportanceWeights(NamedTuple):
@@ -91,3 +100,31 @@ def importance_weights(
     count = counted.sum().clamp(min=1)
     weights = ratio.clamp(max=math.inf if cap is None else cap)
     return ImportanceWeights(weights, ratio.sum() / count, (weights < ratio).sum().to(dtype) / count, kl)
+
+
+@torch.no_grad()
+def balance_weights(
+    log_probs: Tensor,  # (K, B)
+) -> Tensor:  # (K, B)
+    """Return what responses count at each of the K trade-offs that share them, for `policy_gradient(importance=...)`.
+
+    Args:
+        log_probs: log π_k of each of B whole responses, (K, B): row k under the policy of trade-off k. Each response
+            was sampled at one of the K trade-offs, drawn with equal chances for each response by itself.
+
+    Returns:
+        (K, B) π_k / mean of π_j over j: from 0 to K, mean 1 over the trade-offs of a response. float32, or float64
+        where the input is. Responses that are impossible at all of them count 1 each.
+
+    Raises:
+        TypeError: if it is not floating-point.
+        ValueError: if it is not a matrix.
+    """
+    shape = "(K, B), a row for each trade-off"
+    check_floating(log_probs, "log_probs", shape)
+    if log_probs.ndim != 2:
+        raise ValueError(f"log_probs has shape {shape_of(log_probs)} but must be {shape}")
+    # A softmax over trade-offs, K times: nothing overflows, however long the responses are.
+    wide = log_probs.to(compute_dtype(log_probs))
+    impossible = wide.isneginf().all(0)
+    return len(wide) * torch.where(impossible, 0.0, wide).softmax(0)

@@ -66,6 +66,7 @@ from mopl.losses._policy_gradient_parts import (
     LEVELS,
     Estimator,
     Level,
+    baseline_of,
     check_logprob,
     check_tokens,
     estimate,
@@ -163,7 +164,8 @@ def policy_gradient(
         token_weights: c, (B, T), not negative: multiply the advantage of each token, see the top of the file. For
             credit of either sign pass rewards of tokens.
         importance: constants that weigh each response (B,), or each of its tokens (B, T), with all that the loss has of
-            it, where another engine sampled it: those of `mopl.losses.importance_weights`.
+            it, where another policy sampled it: those of `mopl.losses.importance_weights` or `balance_weights`. Weights
+            of responses also count in the averages of "leave_one_out".
         baseline: a constant for the gradient: values (B,) or (B, T), "leave_one_out", "group" or None. The last two
             average G over responses of one prompt that were sampled alike: with the same w and α. A response that is
             alone in its group has baseline 0.
@@ -232,13 +234,13 @@ def policy_gradient(
     returns = sequence_returns[:, None].expand_as(policy)
     if to_go:
         returns = share[:, None] * _to_go(reward, policy) - strength[:, None] * _to_go(penalty, policy)
-    advantages = returns - _baseline(baseline, group, sequence_returns, policy, valid)
+    by_row, by_token = weights_of(importance, mask, policy)
+    advantages = returns - baseline_of(baseline, group, sequence_returns, policy, valid, by_row)
     if standardize:
         # GRPO's constant: groups of equal returns have advantage 0, whatever it is.
         advantages = advantages / (group_deviation(sequence_returns, group, valid)[:, None] + 1e-6)  # type: ignore[arg-type]
     advantages = torch.where(mask, advantages, 0)
 
-    by_row, by_token = weights_of(importance, mask, policy)
     counts = credit if by_token is None else by_token if credit is None else credit * by_token
     loss, ratio, clipped = _surrogate(policy, behaviour, advantages, counts, mask, clip, ratio_level)
     weight = ratio.detach()
@@ -300,26 +302,6 @@ def _surrogate(
         kept = log_ratio.masked_fill(clipped, 0).exp()
         loss = -torch.where(clipped, ratio.detach().clamp(1 - low, 1 + high), kept) * advantages
     return (loss.sum(-1) if level == "token" else loss), ratio, clipped
-
-
-def _baseline(
-    baseline: Tensor | str | None, group: int | Tensor | None, returns: Tensor, policy: Tensor, valid: Tensor
-) -> Tensor:
-    """Return the baseline as something that broadcasts to (B, T)."""
-    if baseline is None:
-        return torch.zeros_like(returns)[:, None]
-    if isinstance(baseline, str):
-        check_choice(baseline, ("leave_one_out", "group"), "baseline")
-        if group is None:
-            raise ValueError(f"baseline={baseline!r} needs group: the number of responses of one prompt")
-        return group_mean(returns, group, leave_one_out=baseline == "leave_one_out", valid=valid)[:, None]
-    if baseline.shape not in (policy.shape, policy.shape[:1]):
-        raise ValueError(
-            f"baseline has shape {shape_of(baseline)} but logprob has {shape_of(policy)}; pass one value a response, "
-            f"({policy.shape[0]},), or one a token"
-        )
-    value = baseline.detach().to(policy.dtype)
-    return value if value.ndim == 2 else value[:, None]
 
 
 def _weighted_reward(rewards: Tensor, weights: Tensor, policy: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopl.losses import importance_weights, policy_gradient
+from mopl.losses import balance_weights, importance_weights, policy_gradient
 
 F64 = torch.float64
 WORDS, LENGTH, OBJECTIVES = 3, 2, 2
@@ -136,3 +136,48 @@ def test_what_cannot_be_is_refused(options, error, message):
 def test_importance_of_another_shape_or_sign_is_refused(importance):
     with pytest.raises(ValueError, match=r"^importance (has shape|holds)"):
         policy_gradient(torch.zeros(3, 2), torch.zeros(3, 1), torch.ones(1), kl_weight=0.0, importance=importance)
+
+
+# ---------------------------------------------------------------- responses that trade-offs share
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"baseline": "leave_one_out"}, {"kl_in": "loss", "kl_level": "sequence"}], ids=str
+)
+def test_responses_of_all_trade_offs_have_the_mean_gradient_of_each_ones_own(options):
+    policies, w = [Engine(1), Engine(2)], torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=F64)
+    reference, count = Engine(5).logprob().detach(), len(ALL)
+    common = {"kl_weight": ALPHA, "reduction": "none", **options}
+    for policy, each in zip(policies, w, strict=True):  # what is wanted: no baseline changes the mean
+        loss = policy_gradient(
+            policy.logprob(), rewards(), each, reference=reference, **{**common, "baseline": None}
+        ).loss  # fmt: skip
+        (policy.chances() * loss).sum().backward()
+    wanted = [[p.grad.clone() for p in (each.first, each.second)] for each in policies]
+    for policy in policies:
+        policy.first.grad = policy.second.grad = None
+    # Two responses, each of the mixture by itself: all pairs of them.
+    one, other = (rows.flatten() for rows in torch.meshgrid(torch.arange(count), torch.arange(count), indexing="ij"))
+    pairs = torch.stack([one, other], 1).flatten()
+    chances = sum(policy.chances() for policy in policies) / 2
+    logprob = torch.cat([policy.logprob()[pairs] for policy in policies])
+    importance = balance_weights(torch.stack([policy.logprob().detach().sum(-1)[pairs] for policy in policies]))
+    assert importance.max() < 2 and torch.allclose(importance.mean(0), torch.ones(len(pairs), dtype=F64))
+    more = common | ({"group": 2} if "baseline" in options else {})
+    loss = policy_gradient(
+        logprob, rewards()[pairs].repeat(2, 1), w.repeat_interleave(len(pairs), 0),
+        reference=reference[pairs].repeat(2, 1), importance=importance.flatten(), **more,
+    ).loss  # fmt: skip
+    of_pair = (chances[one] * chances[other]).repeat_interleave(2).repeat(2)
+    (0.5 * of_pair * loss).sum().backward()
+    for policy, gradients in zip(policies, wanted, strict=True):
+        torch.testing.assert_close(policy.first.grad, gradients[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(policy.second.grad, gradients[1], rtol=1e-10, atol=1e-12)
+
+
+def test_balance_weights_of_long_and_of_impossible_responses():
+    inf = float("inf")
+    logs = torch.tensor([[-4000.0, -9000.0, -inf, -inf], [-4000.0, -4000.0, -5.0, -inf]])
+    assert balance_weights(logs).tolist() == [[1, 0, 0, 1], [1, 2, 2, 1]]
+    with pytest.raises(ValueError, match=r"log_probs has shape \(4,\) but must be \(K, B\)"):
+        balance_weights(logs[0])
