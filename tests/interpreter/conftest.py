@@ -108,18 +108,10 @@ def _say_types_once() -> None:
             type.of_tensor = {name: value for name, value in vars(self).items() if name not in ("handle", "type")}
         self.__dict__.update(type.of_tensor, handle=handle, type=type)
 
-    def spread(scalar, shape):
-        data = np.full(shape.lengths, scalar.handle.data, interpreter._get_np_dtype(scalar.type))
-        return core.tensor(interpreter.TensorHandle(data, scalar.type), block_of(shape, scalar.type))
-
     def alike(self, lhs, rhs):
         a, b = lhs.type, rhs.type
-        blocks = a.is_block(), b.is_block()
-        if all(blocks):
-            return (lhs, rhs) if a.lengths == b.lengths else broadcast(self, lhs, rhs)
-        if not any(blocks):
-            return lhs, rhs
-        return (lhs, spread(rhs, a)) if blocks[0] else (spread(lhs, b), rhs)
+        same = a.lengths == b.lengths if a.is_block() and b.is_block() else not a.is_block() and not b.is_block()
+        return (lhs, rhs) if same else broadcast(self, lhs, rhs)
 
     def operands(self, lhs, rhs, *rest, **options):
         if type(lhs) is type(rhs) is core.tensor and lhs.dtype is rhs.dtype and lhs.dtype.name in plain:
