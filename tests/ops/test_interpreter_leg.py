@@ -1,6 +1,7 @@
-"""The kernels on CPU tensors in Triton's interpreter, the files of `tests/interpreter` in two processes.
+"""The kernels on CPU tensors in Triton's interpreter, the files of `tests/interpreter` in one process.
 
-Triton reads TRITON_INTERPRET once, when it is imported, so its interpreter and its compiler cannot share a process.
+Triton reads TRITON_INTERPRET once, when it is imported, so its interpreter and its compiler cannot share a process. The
+files share one: every further process would import torch, transformers and torch's compiler again.
 """
 
 import os
@@ -14,7 +15,6 @@ from interpreting import BROKEN, REASON
 
 FOLDER = Path(__file__).resolve().parents[1] / "interpreter"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
-HALVES = {"first half": FILES[::2], "second half": FILES[1::2]}  # one a processor, and of about the same time
 
 pytestmark = [
     pytest.mark.skipif(
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-def run(names: list[str]) -> subprocess.CompletedProcess:
+def run() -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -33,22 +33,21 @@ def run(names: list[str]) -> subprocess.CompletedProcess:
         "OMP_NUM_THREADS": "1",
         "PYTEST_ADDOPTS": "",
     }
-    files = [str(FOLDER / name) for name in names]
+    files = [str(FOLDER / name) for name in FILES]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *files]
     return subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", HALVES)
-def test_interpreter(half: str, capsys: pytest.CaptureFixture) -> None:
-    result = run(HALVES[half])
+def test_interpreter(capsys: pytest.CaptureFixture) -> None:
+    result = run()
     output = result.stdout + result.stderr
     passed = re.search(r"(\d+) passed.* in [\d.]+s", output)
     with capsys.disabled():
-        print(f"\n  interpreter, {half}: {passed[0] if passed else 'nothing passed'} ", end="", flush=True)
+        print(f"\n  interpreter: {passed[0] if passed else 'nothing passed'} ", end="", flush=True)
     assert result.returncode == 0, f"exit status {result.returncode} of the inner pytest:\n{output[-20000:]}"
     assert passed, f"no test ran:\n{output[-20000:]}"
-    silent = [name for name in HALVES[half] if not re.search(rf"{name} \S*\.", output)]
+    silent = [name for name in FILES if not re.search(rf"{name} \S*\.", output)]
     assert not silent, f"no test ran of {silent}:\n{output[-20000:]}"
 
 
