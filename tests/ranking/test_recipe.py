@@ -22,6 +22,7 @@ from mopl.experiments.cos_dpo import ListLoss, modpo_loss, scalarized_loss, vect
 from mopl.experiments.methods import METHODS
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
+from mopl.ranking import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure, check_measurable, distances_to_truth, evaluate, score_items, true_front
 from mopl.ranking.loading import load
@@ -32,7 +33,6 @@ from mopl.ranking.methods import (
     ListSource,
     score_batch,
 )
-from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import load_normalizer, open_run
 from mopl.ranking.steer import steer
@@ -348,8 +348,9 @@ def test_methods_have_the_parameters_of_table_1(finished):
     # Scores are those of the base and of a network added up; mo-dpo's three experts end with its training.
     assert kept["base"] == one and kept["dpo-soup"] == kept["dpo-ls"] == kept["mo-dpo"] == one + 3 * one
     assert kept["weight-cos-dpo"] == one + fronts["weight-cos-dpo"]
+    # Inputs for the weights, an output for each objective.
     assert fronts == {
-        "base": one, "weight-cos-dpo": one + 3 * 8, "temperature-cos-dpo": one + 6 * 8, "dpo-ls": 3 * one,
+        "base": one, "weight-cos-dpo": one + 5 * 8, "temperature-cos-dpo": one + 8 * 8, "dpo-ls": 3 * one,
         "dpo-soup": 3 * one, "mo-dpo": 6 * one,
     }  # fmt: skip
 
