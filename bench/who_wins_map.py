@@ -27,14 +27,15 @@ class Difference(NamedTuple):
     """By how many percent of the rival's hypervolume a method is ahead of it."""
 
     rival: str
+    values: tuple[float, ...]  # of each seed
     mean: float
     low: float  # -inf where one seed says nothing of others
     high: float
 
     @property
-    def sure(self) -> bool:
-        """Whether the interval leaves the sign in no doubt."""
-        return self.low > 0 or self.high < 0
+    def seeds_ahead(self) -> str:
+        """In how many seeds the method is ahead."""
+        return f"{sum(value > 0 for value in self.values)}/{len(self.values)}"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -78,15 +79,15 @@ def difference(methods: dict[str, dict[int, dict[str, Any]]], method: str) -> Di
     rival = max(RIVALS, key=lambda name: mean_of(methods[name], "hypervolume"))
     ours, theirs = methods[method], methods[rival]
     values = [100 * (ours[s]["hypervolume"] / theirs[s]["hypervolume"] - 1) for s in ours]
-    return Difference(rival, *interval(values))
+    return Difference(rival, tuple(values), *interval(values))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the map as a Markdown table, and what it comes to."""
     cells = by_cell(rows)
     lines = [
-        f"| {' | '.join((*AXES, *CONDITIONED, *RIVALS))} | heads ahead of the best rival, % |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join((*AXES, *CONDITIONED, *RIVALS))} | heads ahead of the best rival, % | seeds ahead |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, methods in cells.items():
         figures = {name: mean_of(methods[name], "of_the_optimum") for name in (*CONDITIONED, *RIVALS)}
@@ -94,7 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         shown = (f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in figures.values())
         lead = difference(methods, "heads")
         said = f"{lead.mean:+.1f} [{lead.low:+.1f}, {lead.high:+.1f}] ({lead.rival})"
-        lines.append(f"| {' | '.join(f'{x:g}' for x in cell)} | {' | '.join(shown)} | {said} |")
+        lines.append(f"| {' | '.join(f'{x:g}' for x in cell)} | {' | '.join(shown)} | {said} | {lead.seeds_ahead} |")
     return "\n".join([*lines, "", summary(cells), ""])
 
 
@@ -110,9 +111,26 @@ def summary(cells: Cells) -> str:
             f"({sum(lead.high < 0 for lead in leads)} beyond doubt), by more than {-GOAL:g} % in "
             f"{sum(lead.mean < GOAL for lead in leads)}; at worst {worst.mean:+.1f} %"
         )
+    for budget in sorted({cell[0] for cell in cells}):
+        here = {cell: methods for cell, methods in cells.items() if cell[0] == budget}
+        said = (f"{name} {over(here, name)}" for name in CONDITIONED)
+        parts.append(
+            f"budget {budget:g}, mean over its cells of the lead over the best rival of each: {', '.join(said)}"
+        )
+    names = (*CONDITIONED, *RIVALS)
+    least = [min(names, key=lambda name: mean_of(methods[name], "regret")) for methods in cells.values()]
+    parts.append("least regret: " + ", ".join(f"{name} in {least.count(name)} cells" for name in names))
     seeds = sorted({len(each) for methods in cells.values() for each in methods.values()})
     parts.append(f"seeds of a cell: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}")
     return "\n".join(f"* {part}" for part in parts)
+
+
+def over(cells: Cells, method: str) -> str:
+    """Return the mean lead over cells, with its interval over the seeds that all of these have."""
+    leads = [difference(methods, method) for methods in cells.values()]
+    count = min(len(lead.values) for lead in leads)
+    mean, low, high = interval([sum(lead.values[s] for lead in leads) / len(leads) for s in range(count)])
+    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def picture(rows: list[dict[str, Any]], file: Path) -> None:
@@ -140,10 +158,10 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
                             continue
                         lead = difference(methods, name)
                         grid[y][x] = lead.mean
-                        ends = f"\n[{lead.low:+.0f}, {lead.high:+.0f}]" if math.isfinite(lead.low) else ""
+                        said = f"{lead.mean:+.1f} %\n{lead.seeds_ahead} seeds\n{lead.rival}"
                         axes.text(
-                            x, y, f"{lead.mean:+.1f} %{ends}\n{lead.rival}", ha="center", va="center", fontsize=7.5,
-                            weight="bold" if lead.sure else "normal",
+                            x, y, said, ha="center", va="center", fontsize=7.5,
+                            weight="bold" if len({value > 0 for value in lead.values}) == 1 else "normal",
                             color="white" if abs(lead.mean) > 0.7 * SPAN else "#222222",
                         )  # fmt: skip
                 image = axes.imshow(grid, cmap="RdBu", vmin=-SPAN, vmax=SPAN, origin="lower", aspect="auto")
