@@ -160,7 +160,8 @@ def sizes_of(text: str) -> Sizes:
     """Return the sizes with what `--sizes` changes."""
     names = [field.name for field in dataclasses.fields(Sizes)]
     changes = _pairs(text, "--sizes", names)
-    return Sizes(**{name: value if name == "warmup" else int(value) for name, value in changes.items()})
+    values: dict[str, Any] = {name: value if name == "warmup" else int(value) for name, value in changes.items()}
+    return Sizes(**values)
 
 
 def _pairs(text: str, option: str, names: Any) -> dict[str, float]:

@@ -146,7 +146,7 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
     size = (0.9 + 3.0 * len(budgets), 1.0 + 2 * (0.5 + 0.8 * len(spreads)))
     with plt.rc_context({"font.size": 8.5, "font.family": "DejaVu Sans"}):
         figure, panels = plt.subplots(len(titles), len(budgets), figsize=size, squeeze=False, layout="constrained")
-        image = None
+        image: Any = None
         for row, name in enumerate(titles):
             for column, budget in enumerate(budgets):
                 axes = panels[row][column]

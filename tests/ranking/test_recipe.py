@@ -735,7 +735,7 @@ def test_one_conditioned_model_beats_soup_and_mo_dpo_at_a_fraction_of_the_time(
     assert ours.seconds < fronts["dpo-ls"].seconds / (points / 4)
     assert ours.seconds < fronts["mo-dpo"].seconds / (points / 3)
     one = fronts["dpo-ls"].parameters // points
-    assert (ours.parameters, fronts["dpo-ls"].parameters) == (one + (5 + 4) * 64, points * one)
+    assert (ours.parameters, fronts["dpo-ls"].parameters) == (one + 5 * 64, points * one)
 
 
 def test_stage_names_tell_trade_offs_apart():
