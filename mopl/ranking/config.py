@@ -72,7 +72,7 @@ class RankConfig(CosDpoSettings):
         "closed under equation (14); scratch: it is the scores (appendix A.6.3 has both)",
     )
     conditioning: Literal["concat", "heads"] = in_method(
-        "heads",
+        "concat",
         "how weights enter a conditioned model; concat: appended to the features of every item (section 4.1); heads: "
         "so, and the network scores an item for each objective and sums the scores with the weights, which needs "
         "fewer steps",

@@ -348,9 +348,8 @@ def test_methods_have_the_parameters_of_table_1(finished):
     # Scores are those of the base and of a network added up; mo-dpo's three experts end with its training.
     assert kept["base"] == one and kept["dpo-soup"] == kept["dpo-ls"] == kept["mo-dpo"] == one + 3 * one
     assert kept["weight-cos-dpo"] == one + fronts["weight-cos-dpo"]
-    # Inputs for the weights, an output for each objective.
     assert fronts == {
-        "base": one, "weight-cos-dpo": one + 5 * 8, "temperature-cos-dpo": one + 8 * 8, "dpo-ls": 3 * one,
+        "base": one, "weight-cos-dpo": one + 3 * 8, "temperature-cos-dpo": one + 6 * 8, "dpo-ls": 3 * one,
         "dpo-soup": 3 * one, "mo-dpo": 6 * one,
     }  # fmt: skip
 
