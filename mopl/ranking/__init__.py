@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from mopl.ranking.config import RankConfig
     from mopl.ranking.data import RankingData
     from mopl.ranking.loading import load
-    from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
+    from mopl.ranking.model import RankingModel, RankingModelConfig
     from mopl.ranking.objectives import Objective
     from mopl.ranking.recipe import rank
     from mopl.ranking.runs import open_run
+    from mopl.ranking.transformer import ListTransformer
 
 __all__ = [
     "Batch",
@@ -31,12 +32,13 @@ __getattr__, __dir__ = names_of(
     __name__,
     {
         ".batch": ("Batch",),
-        ".model": ("ListTransformer", "RankingModel", "RankingModelConfig"),
+        ".model": ("RankingModel", "RankingModelConfig"),
         ".objectives": ("Objective",),
         ".config": ("RankConfig",),
         ".data": ("RankingData",),
         ".loading": ("load",),
         ".runs": ("open_run",),
         ".recipe": ("rank",),
+        ".transformer": ("ListTransformer",),
     },
 )

@@ -32,7 +32,7 @@ class RankConfig(CosDpoSettings):
     """Settings of a ranking run. Every default is ours unless a section of the paper (Ren et al.) is named."""
 
     # What a record that lacks a setting means by it: a version without patience trained all steps.
-    WHERE_MISSING: ClassVar[Mapping[str, Any]] = {"patience": 0}
+    WHERE_MISSING: ClassVar[Mapping[str, Any]] = {"patience": 0, "conditioning": "concat"}
 
     data: str = setting(
         "travel",
@@ -70,6 +70,12 @@ class RankConfig(CosDpoSettings):
         "augment",
         "augment: the network's output is added to the base model's scores, which needs fewer steps and is "
         "closed under equation (14); scratch: it is the scores (appendix A.6.3 has both)",
+    )
+    conditioning: Literal["concat", "heads"] = in_method(
+        "concat",
+        "how weights enter a conditioned model; concat: appended to the features of every item (section 4.1); heads: "
+        "so, and the network scores an item for each objective and sums the scores with the weights, which needs "
+        "fewer steps",
     )
     steps: int | None = setting(
         None, "optimizer steps of each tuned model; the base model has --base-steps", unset="10 epochs, at least 200"

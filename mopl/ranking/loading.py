@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mopl.ranking.objectives import Objective
 # The normalisation of each kind of data unless another is asked for. Features of synthetic data are normal already;
 # LETOR's are counts and lengths with heavy tails.
 DEFAULT_NORMALIZATION = {"travel": "global", "synthetic": "none", "letor": "log1p+global"}
+_DECIMAL = re.compile(r"\d*\.\d+|\d+\.", re.ASCII)
 
 
 def load(
@@ -73,14 +75,21 @@ def load(
 
 
 def _options(text: str, spec: str) -> dict[str, Any]:
-    """Read `key=value,key=value`; whole numbers become ints."""
+    """Read `key=value,key=value`; whole numbers become ints, decimal ones floats."""
     options: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.strip().partition("=")
         if not equals or not key or not value:
             raise ValueError(f"data {spec!r} has the option {part!r}; write KEY=VALUE, several with commas between")
-        options[key] = int(value) if value.isascii() and value.isdigit() else value
+        options[key] = _number(value)
     return options
+
+
+def _number(text: str) -> int | float | str:
+    """Return a text as the number that it is, or as it is."""
+    if text.isascii() and text.isdigit():
+        return int(text)
+    return float(text) if _DECIMAL.fullmatch(text) else text
 
 
 def _embedded(kind: str, options: dict[str, Any], seed: int) -> RankingData:
@@ -100,6 +109,8 @@ def _embedded(kind: str, options: dict[str, Any], seed: int) -> RankingData:
         )
     for key, value in options.items():
         wanted = type(known[key].default)
+        if wanted is float and isinstance(value, int):
+            value = options[key] = float(value)
         if not isinstance(value, wanted):
             raise ValueError(f"option {key} of data {kind!r} is {value!r} but must be of type {wanted.__name__}")
     return make(**options)

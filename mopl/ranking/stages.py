@@ -41,7 +41,8 @@ from mopl.ranking.methods import (
     main_loss,
     score_batch,
 )
-from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
+from mopl.ranking.model import RankingModel, RankingModelConfig
+from mopl.ranking.transformer import ListTransformer
 from mopl.ranking.validation import Validation
 from mopl.training.parallel import exists_on_main
 
@@ -140,6 +141,7 @@ def untrained(config: RankConfig, objectives: tuple[str, ...], base: ListTransfo
     settings = RankingModelConfig(
         base.settings["features"], objectives, config.hidden, config.layers, config.heads, dropout=config.dropout,
         parametrisation=config.parametrisation, conditioned=method.conditioned, takes_beta=method.takes_beta,
+        conditioning=config.conditioning,
     )  # fmt: skip
     return RankingModel(settings, base)
 

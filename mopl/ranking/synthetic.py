@@ -34,8 +34,9 @@ LABEL_KINDS = ("counts", "dense")
 
 # Shares of the grades 0..4 in MSLR-WEB10K, rounded.
 _GRADE_SHARES = (0.52, 0.32, 0.13, 0.02, 0.01)
-# Standard deviation of the utilities over a list: p_j then puts about half its mass on a fifth of 20 items.
+# Default standard deviation of the utilities over a list: p_j then puts about half its mass on a fifth of 20 items.
 _SPREAD = 1.7
+_WIDEST_SPREAD = 100.0  # one item of a list has all the mass long before
 _LINEAR, _NONLINEAR = 0.8, 0.6  # their squares sum to 1
 _MAIN_NOISE = 0.5  # the grade is the main utility plus this much noise: no ranker is perfect
 # Cosines of the main direction with those of the objectives: some pull with the main objective, some against it.
@@ -52,6 +53,8 @@ def synthetic(
     features: int = 16,
     objectives: int = 5,
     labels: Literal["counts", "dense"] = "counts",
+    spread: float = _SPREAD,
+    conflict: float = 1.0,
     seed: int = 0,
 ) -> RankingData:
     """Generate a data set.
@@ -66,6 +69,11 @@ def synthetic(
         labels: `"counts"` for heavy-tailed, mostly-zero counts as described above; every second objective is sparser.
             `"dense"` for positive labels on all items of all lists (a Dirichlet draw around p_j): the rates are 1 and
             the targets less noisy.
+        spread: sharpness of the truth, the standard deviation of each utility f_j over a list: near 0 every item is
+            as good as every other, at 4 p_j puts most of its mass on one item. Above 0, at most 100.
+        conflict: c from 0 to 1, the share of its own in the variance of each objective's utility; the rest is one
+            utility that all objectives share. 1 is the widest conflict; at 0 all objectives want the same. Two of m
+            utilities have a correlation of about 1 - c - 0.64 c / (m - 1), the cosine of the angle between them.
         seed: of everything; the same arguments give the same data.
 
     Returns:
@@ -85,6 +93,12 @@ def synthetic(
             f"queries x items x features is {queries} x {items} x {features} but must be at most {MOST_NUMBERS}, which "
             "are 64 GB; take fewer"
         )
+    if not 0 < spread <= _WIDEST_SPREAD:
+        raise ValueError(
+            f"spread is {spread} but must be above 0 and at most {_WIDEST_SPREAD:g}; the default is {_SPREAD}"
+        )
+    if not 0 <= conflict <= 1:
+        raise ValueError(f"conflict is {conflict} but must be from 0, none at all, to 1, the widest")
     of_query = features // 4
     of_item = features - of_query
     if not 1 <= objectives < of_item:
@@ -102,7 +116,10 @@ def synthetic(
     inputs = generator.standard_normal((len(owner), of_item))
 
     utilities = _utilities(generator, inputs, context, directions)
-    log_probs = np.stack([_log_softmax(_SPREAD * u, offsets) for u in utilities[:, 1:].T], axis=1)
+    if conflict < 1:
+        shared = _shared_utility(seed, inputs, context, directions[1:])
+        utilities[:, 1:] = np.sqrt(conflict) * utilities[:, 1:] + np.sqrt(1 - conflict) * shared
+    log_probs = np.stack([_log_softmax(spread * u, offsets) for u in utilities[:, 1:].T], axis=1)
     noisy = utilities[:, 0] + _MAIN_NOISE * generator.standard_normal(len(owner))
     grades = np.searchsorted(np.quantile(noisy, np.cumsum(_GRADE_SHARES)[:-1]), noisy)
     if labels == "counts":
@@ -152,6 +169,18 @@ def _utilities(
     linear = inputs @ directions.T
     bent = np.tanh(1.5 * inputs @ bends.T) * np.tanh(1.5 * context @ senses.T)
     return _LINEAR * linear + _NONLINEAR * 2 * bent  # tanh(1.5 z) of a normal z has a standard deviation near 0.7
+
+
+def _shared_utility(seed: int, inputs: np.ndarray, context: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Return the utility (N, 1) that objectives agree on where their conflict is not the widest.
+
+    Its linear part is at right angles to all of their directions (m, size). Its generator is its own, so that the
+    data of one seed differ in nothing else between two conflicts.
+    """
+    generator = np.random.Generator(np.random.Philox([seed, 1]))
+    direction = generator.standard_normal(directions.shape[1])
+    direction -= np.linalg.pinv(directions) @ (directions @ direction)
+    return _utilities(generator, inputs, context, (direction / np.linalg.norm(direction))[None])
 
 
 def _log_softmax(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
+from mopl.ranking import ListTransformer, RankingModel, RankingModelConfig
 
 F, OBJECTIVES = 7, ("clicks", "dwell", "quality")
 W = torch.tensor([0.2, 0.5, 0.3])
@@ -67,6 +67,18 @@ def test_padding_and_what_stands_in_it_change_nothing():
     (scores * torch.randn_like(scores)).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ranker.network.parameters())
     assert (poisoned.grad[~mask] == 0).all() and (poisoned.grad[mask] != 0).any()
+
+
+def test_a_network_of_several_outputs_comes_back_as_it_was(tmp_path):
+    network, (features, mask) = ListTransformer(F, hidden=8, outputs=3).eval(), ragged()
+    network.save_pretrained(tmp_path)
+    scores = network(features, mask)
+    assert scores.shape == (4, 6, 3) and (scores[~mask] == 0).all()
+    assert torch.equal(ListTransformer.from_pretrained(tmp_path)(features, mask), scores)
+    with pytest.raises(ValueError, match="outputs is 0"):
+        ListTransformer(F, outputs=0)
+    with pytest.raises(ValueError, match="conditioning"):
+        RankingModelConfig(F, OBJECTIVES, conditioning="film")
 
 
 def test_a_batch_of_empty_lists_is_finite_with_no_gradient():
@@ -133,7 +145,41 @@ def test_augment_starts_at_the_base_model_and_learns_only_what_is_added():
     torch.testing.assert_close(known, base + 1.0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"parametrisation": "augment"}, {"takes_beta": True}, {"conditioned": False}])
+def test_heads_are_one_for_each_objective_summed_with_the_weights():
+    ranker, (features, mask) = model(parametrisation="augment", conditioning="heads"), ragged()
+    plain = model(parametrisation="augment", conditioned=False)
+    assert ranker.num_parameters == plain.num_parameters + 3 * 16 + 2 * 16
+    base = ranker.reference(features, mask)
+    assert torch.equal(ranker(features, W, mask=mask), base)
+    nn.init.normal_(ranker.network.output.weight)
+    # Before training, weights only choose among the outputs.
+    ends = torch.stack([ranker(features, w, mask=mask) - base for w in torch.eye(3)], -1)
+    torch.testing.assert_close(ranker(features, W, mask=mask), base + ends @ W)
+    each = torch.distributions.Dirichlet(torch.ones(3)).sample((4,))
+    wanted = base + (ends * each[:, None]).sum(-1)
+    torch.testing.assert_close(ranker(features, each, mask=mask), wanted)
+    assert not torch.allclose(wanted, base + ends @ W, atol=1e-3)
+    # Afterwards they may do more: the network sees them.
+    nn.init.normal_(ranker.network.input.weight[:, F:])
+    assert not torch.allclose(ranker(features, W, mask=mask), base + ends @ W, atol=1e-3)
+
+
+def test_only_lists_that_want_an_objective_train_its_head():
+    ranker, (features, mask) = model(parametrisation="augment", conditioning="heads"), ragged()
+    scores = ranker(features, torch.tensor([0.4, 0.6, 0.0]), mask=mask)
+    (scores * torch.randn_like(scores)).sum().backward()
+    first, second, third = ranker.network.output.weight.grad
+    torch.testing.assert_close(first / 0.4, second / 0.6)
+    assert first.abs().sum() > 0 and (third == 0).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"parametrisation": "augment"}, {"takes_beta": True}, {"conditioned": False}, {"conditioning": "heads"},
+        {"conditioning": "heads", "takes_beta": True},
+    ],
+)  # fmt: skip
 def test_a_saved_model_comes_back_with_the_same_scores(tmp_path, changes):
     ranker, (features, mask) = model(**changes), ragged()
     ranker.save_pretrained(tmp_path)

@@ -22,6 +22,7 @@ from mopl.experiments.cos_dpo import ListLoss, modpo_loss, scalarized_loss, vect
 from mopl.experiments.methods import METHODS
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
+from mopl.ranking import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure, check_measurable, distances_to_truth, evaluate, score_items, true_front
 from mopl.ranking.loading import load
@@ -32,7 +33,6 @@ from mopl.ranking.methods import (
     ListSource,
     score_batch,
 )
-from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import load_normalizer, open_run
 from mopl.ranking.steer import steer

@@ -24,10 +24,22 @@ def listwise_losses(data, scores, beta, reference):
 
 
 def test_same_arguments_same_data_and_every_argument_counts():
-    base = {"queries": 40, "items": 8, "features": 12, "objectives": 3, "labels": "counts", "seed": 1}
-    changes = {"queries": 41, "items": 9, "features": 13, "objectives": 4, "labels": "dense", "seed": 2}
+    base = {
+        "queries": 40,
+        "items": 8,
+        "features": 12,
+        "objectives": 3,
+        "labels": "counts",
+        "spread": 2.0,
+        "conflict": 0.5,
+        "seed": 1,
+    }
+    changes = {
+        "queries": 41, "items": 9, "features": 13, "objectives": 4, "labels": "dense", "spread": 2.1, "conflict": 0.6,
+        "seed": 2,
+    }  # fmt: skip
     prints = [synthetic(**base).fingerprint] + [synthetic(**(base | {k: v})).fingerprint for k, v in changes.items()]
-    assert len(set(prints)) == 7 and synthetic(**base).fingerprint == prints[0]
+    assert len(set(prints)) == 9 and synthetic(**base).fingerprint == prints[0]
 
 
 def test_shape_is_that_of_mslr_in_small():
@@ -64,6 +76,36 @@ def test_objectives_conflict_with_each_other_and_some_with_the_main_one():
     own = torch.stack(own)
     assert min(main[0::2]) > max(main[1::2]) + 0.05
     assert bool((own.diagonal() > 2 * (own - torch.diag(own.diagonal())).amax(0)).all())  # a wide front
+
+
+def centred_logs(data):
+    """(N, m) log p_j less its mean over the list: the utilities, up to their mean."""
+    logs, owner = data.truth.log_probs, data.owner
+    totals = torch.zeros(len(data), logs.shape[1], dtype=torch.float64).index_add_(0, owner, logs)
+    return logs - totals[owner] / data.lengths[owner, None]
+
+
+def test_spread_and_conflict_are_the_deviation_and_the_correlation_of_the_utilities():
+    own = ~torch.eye(3, dtype=torch.bool)
+    for conflict in (0.0, 0.3, 1.0):
+        logs = centred_logs(synthetic(1000, objectives=3, spread=0.7, conflict=conflict))
+        wanted = torch.full((6,), 1 - conflict - 0.32 * conflict, dtype=torch.float64)
+        torch.testing.assert_close(torch.corrcoef(logs.T)[own], wanted, atol=0.08, rtol=0)
+        torch.testing.assert_close(logs.std(0), torch.full_like(logs[0], 0.7), atol=0.05, rtol=0)
+    same = synthetic(30, objectives=3, conflict=0.0)
+    assert bool((same.truth.log_probs == same.truth.log_probs[:, :1]).all())
+    # The conflict changes the objectives and nothing else.
+    other = synthetic(30, objectives=3)
+    assert torch.equal(same.features, other.features) and torch.equal(same.raw_main, other.raw_main)
+
+
+def test_spread_and_conflict_are_options_of_the_command_line():
+    train, _, _ = load("synthetic:queries=30,features=8,objectives=2,spread=3,conflict=.25")
+    whole = synthetic(30, features=8, objectives=2, spread=3.0, conflict=0.25)
+    assert torch.equal(train.truth.log_probs, whole.split((0.6, 0.2, 0.2), seed=0)[0].truth.log_probs)
+    for option, named in (("spread=0", "spread is 0"), ("conflict=1.5", "conflict is 1.5"), ("spread=wide", "float")):
+        with pytest.raises(ValueError, match=named):
+            load(f"synthetic:queries=30,{option}")
 
 
 @pytest.mark.parametrize("labels", ["counts", "dense"])

@@ -13,11 +13,11 @@ pytest.importorskip("moocore")  # every run measures its front
 from mopl.experiments import run_fronts
 from mopl.experiments.cos_dpo import ListLoss, vertices_and_centre
 from mopl.experiments.stages import Trained
+from mopl.ranking import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure, evaluate, reference_scores
 from mopl.ranking.loading import load
 from mopl.ranking.methods import ConditionedPolicy, FixedPolicy
-from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import open_run
 from mopl.ranking.validation import FEWEST_LISTS, MOST_LISTS, Validation

@@ -1,0 +1,208 @@
+"""Who wins at an equal total budget: one conditioned model, or experts, soups and MO-DPO?
+
+    python -m bench.who_wins --plan                    # what would be trained, and how long it takes
+    python -m bench.who_wins --out who-wins            # trains what is missing, then writes the map
+    python -m bench.who_wins --out who-wins --cells budget=0.25,conflict=1    # a part of it
+    python -m bench.who_wins --out who-wins --report   # only the table and the picture, of what is there
+
+The map has three axes: the budget of optimizer steps (of all models of a method together), the sharpness of the true
+preferences (`spread`) and the conflict of the objectives, on data of `mopl.ranking.synthetic`, whose optimum is known.
+`bench.who_wins_cells` says what each method trains. Each method has the learning rate that is best for it at each
+budget, out of `RATES`, on data of a seed that is not in the map.
+
+DIR/rows.jsonl has a line for each cell, seed and method, written when it is done: a run that was stopped goes on where
+it was. Seeds are the outermost loop, so that a run that is stopped leaves a whole map of fewer seeds. DIR/map.md and
+DIR/map.png are written at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import who_wins_map
+from bench.who_wins_cells import METHODS, Cell, Problem, Sizes, run
+from mopl import _terminal
+
+BUDGETS = (0.25, 1.0, 4.0)
+SPREADS = (1.0, 3.0)
+CONFLICTS = (0.2, 0.6, 1.0)
+SEEDS = 3
+RATES = (3e-3, 1e-2, 3e-2)
+RATE_SEED, RATE_CELL = 1000, (1.7, 0.6)  # where learning rates are chosen: spread and conflict
+SECONDS_A_STEP = 0.006  # until there are rows that say
+AXES = ("budget", "spread", "conflict")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="python -m bench.who_wins")
+    parser.add_argument("--out", type=Path, default=Path("who-wins"), metavar="DIR", help="where rows and map lie")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    parser.add_argument("--cells", default="", metavar="AXIS=VALUE,...", help="only these, such as budget=1,spread=4")
+    parser.add_argument("--sizes", default="", metavar="NAME=NUMBER,...", help="sizes of all cells, for a quick look")
+    parser.add_argument("--plan", action="store_true", help="say what would be done")
+    parser.add_argument("--report", action="store_true", help="only write the map of what is there")
+    given = parser.parse_args(arguments)
+    try:
+        return _run(given)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with what {given.out / 'rows.jsonl'} lacks", file=sys.stderr)
+        return 130
+
+
+def _run(given: argparse.Namespace) -> int:
+    torch.set_num_threads(1)  # the models are too small for more
+    sizes = sizes_of(given.sizes)
+    cells = chosen(given.cells)
+    rows = read_rows(given.out / "rows.jsonl", sizes)
+    if given.report:
+        return report(given.out, rows, sizes)
+    budgets = sorted({cell[0] for cell in cells})
+    rate_jobs = [
+        (Cell(budget, *RATE_CELL, RATE_SEED), method, rate) for budget, method, rate in product(budgets, METHODS, RATES)
+    ]
+    jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in METHODS]
+    done = {key_of(row) for row in rows}
+    missing = [job for job in [*rate_jobs, *jobs] if key(*job) not in done]
+    print(plan(missing, len(rate_jobs) + len(jobs), rows, sizes))
+    if given.plan:
+        return 0
+    given.out.mkdir(parents=True, exist_ok=True)
+    work(missing, rows, given.out / "rows.jsonl", sizes)
+    return report(given.out, rows, sizes)
+
+
+def work(missing: list, rows: list[dict[str, Any]], file: Path, sizes: Sizes) -> None:
+    """Do what is missing, a line of the file for each; `rows` grow with it."""
+    problem, of = None, None
+    for number, (cell, method, rate) in enumerate(missing):
+        if of != (cell.spread, cell.conflict, cell.seed):
+            of = (cell.spread, cell.conflict, cell.seed)
+            problem = Problem(*of, sizes)
+        began = time.perf_counter()
+        with _terminal.quietly():
+            row = run(problem, cell, method, best_rate(rows, cell.budget, method) if rate is None else rate)
+        row = {"role": "map" if rate is None else "rate", **row, "sizes": dataclasses.asdict(sizes)}
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        rows.append(row)
+        left = remaining(missing[number + 1 :], rows, sizes)
+        print(
+            f"[{number + 1}/{len(missing)}] budget {cell.budget:g}, spread {cell.spread:g}, conflict "
+            f"{cell.conflict:g}, seed {cell.seed}, {method} at {row['rate']:g}: {row['of_the_optimum']:.3f} of the "
+            f"optimum, {time.perf_counter() - began:.1f} s; about {left / 60:.0f} CPU minutes left",
+            flush=True,
+        )
+
+
+def best_rate(rows: list[dict[str, Any]], budget: float, method: str) -> float:
+    """Return the learning rate with the largest hypervolume where rates are chosen."""
+    tried = [row for row in rows if row["role"] == "rate" and (row["budget"], row["method"]) == (budget, method)]
+    return max(tried, key=lambda row: row["hypervolume"])["rate"]
+
+
+def key(cell: Cell, method: str, rate: float | None) -> tuple:
+    """Return what identifies a row."""
+    return ("map" if rate is None else "rate", *dataclasses.astuple(cell), method, rate)
+
+
+def key_of(row: dict[str, Any]) -> tuple:
+    """Return the same of a row that is there."""
+    rate = row["rate"] if row["role"] == "rate" else None
+    return (row["role"], *(row[axis] for axis in AXES), row["seed"], row["method"], rate)
+
+
+def remaining(missing: list, rows: list[dict[str, Any]], sizes: Sizes) -> float:
+    """Return how many seconds of CPU time the rest takes, by what a step of the rows that are there took."""
+    steps = sum(row["steps"] for row in rows)
+    each = sum(row["cpu_seconds"] for row in rows) / steps if steps else SECONDS_A_STEP
+    return each * sum(round(cell.budget * sizes.steps) for cell, _, _ in missing)
+
+
+def plan(missing: list, whole: int, rows: list[dict[str, Any]], sizes: Sizes) -> str:
+    """Return what will be done, in words."""
+    steps = sum(round(cell.budget * sizes.steps) for cell, _, _ in missing)
+    return (
+        f"{whole} trainings of a method, of which {whole - len(missing)} are there; {len(missing)} to do, {steps} "
+        f"steps, about {remaining(missing, rows, sizes) / 60:.0f} minutes of one core"
+    )
+
+
+def chosen(text: str) -> list[tuple[float, float, float]]:
+    """Return the cells (budget, spread, conflict) that `--cells` leaves, those of one problem side by side."""
+    wanted = _pairs(text, "--cells", AXES)
+    values = dict(zip(AXES, (BUDGETS, SPREADS, CONFLICTS), strict=True))
+    for axis, value in wanted.items():
+        if value not in values[axis]:
+            raise ValueError(
+                f"--cells has {axis}={value:g} but the map has {', '.join(f'{v:g}' for v in values[axis])}"
+            )
+        values[axis] = (value,)
+    return [
+        (budget, spread, conflict)
+        for spread, conflict, budget in product(*(values[a] for a in ("spread", "conflict", "budget")))
+    ]
+
+
+def sizes_of(text: str) -> Sizes:
+    """Return the sizes with what `--sizes` changes."""
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    changes = _pairs(text, "--sizes", names)
+    values: dict[str, Any] = {name: value if name == "warmup" else int(value) for name, value in changes.items()}
+    return Sizes(**values)
+
+
+def _pairs(text: str, option: str, names: Any) -> dict[str, float]:
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{option} has {part!r}; write NAME=NUMBER, several with commas between") from None
+        if name not in names:
+            raise ValueError(f"{option} has {name!r} but it must be one of {', '.join(names)}")
+    return found
+
+
+def read_rows(file: Path, sizes: Sizes) -> list[dict[str, Any]]:
+    """Return the rows that are there; a last line that was cut off is left out, and cut from the file."""
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    if any(row["sizes"] != dataclasses.asdict(sizes) for row in rows):
+        raise ValueError(f"{file} has rows of other sizes; pass the --sizes that it was made with, or another --out")
+    return rows
+
+
+def report(out: Path, rows: list[dict[str, Any]], sizes: Sizes) -> int:
+    """Write the map of the rows."""
+    rows = [row for row in rows if row["role"] == "map"]
+    if not rows:
+        raise ValueError(f"{out / 'rows.jsonl'} has no row of the map yet; run without --report first")
+    text = who_wins_map.table(rows)
+    (out / "map.md").write_text(text, encoding="utf-8")
+    who_wins_map.picture(rows, out / "map.png")
+    print(text)
+    print(f"written: {out / 'map.md'}, {out / 'map.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The map of who wins: equal totals, a run that goes on where it was, and what its rows come to."""
+
+import json
+
+import pytest
+
+from bench import who_wins, who_wins_map
+from bench.who_wins_cells import METHODS, Sizes, shared_out
+
+SMALL = "steps=12,train_lists=24,valid_lists=12,test_lists=12,items=5,hidden=4,base_steps=2,batch=8,points=3"
+
+
+def test_a_budget_is_cut_evenly_and_wholly():
+    assert shared_out(11, 3) == [4, 4, 3] and shared_out(220, 11) == [20] * 11
+    with pytest.raises(ValueError, match="a budget of 2 steps does not reach for 3 models"):
+        shared_out(2, 3)
+
+
+def row(method, seed, value, budget=1.0):
+    return {
+        "role": "map", "budget": budget, "spread": 3.0, "conflict": 1.0, "seed": seed, "method": method, "rate": 0.01,
+        "hypervolume": value, "of_the_optimum": value, "regret": 1 - value, "steps": 10, "cpu_seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_leads_are_paired_differences_from_the_rival_that_is_best_on_average():
+    values = {
+        "heads": (0.55, 0.66, 0.9), "concat": (0.4, 0.5, 0.6), "dpo-ls": (0.1, 0.9, 0.2), "dpo-soup": (0.5, 0.6, 0.9),
+        "mo-dpo": (0.1, 0.1, 0.1),
+    }  # fmt: skip
+    rows = [row(name, seed, value) for name, each in values.items() for seed, value in enumerate(each)]
+    rows.append(row("heads", 3, 0.1))  # a seed that the others lack is left out
+    lead = who_wins_map.difference(who_wins_map.by_cell(rows)[1.0, 3.0, 1.0], "heads")
+    assert lead.rival == "dpo-soup" and lead.values == pytest.approx((10, 10, 0)) and lead.seeds_ahead == "2/3"
+    # 20/3 -+ t(0.975, 2) x s / sqrt(3), with s = 10 / sqrt(3)
+    assert lead[2:] == pytest.approx((20 / 3, 20 / 3 - 4.303 * 10 / 3, 20 / 3 + 4.303 * 10 / 3))
+    text = who_wins_map.table(rows)
+    assert "| 1 | 3 | 1 | **0.703** | 0.500 | 0.400 | 0.667 | 0.100 | +6.7 [-7.7, +21.0] (dpo-soup) | 2/3 |" in text
+    assert (
+        "heads: ahead of the best rival in 1 of 1 cells" in text and "by more than 2 % in 1; at worst -23.3 %" in text
+    )
+    with pytest.raises(ValueError, match="no cell has all methods yet"):
+        who_wins_map.table(rows[:3])
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(tmp_path, monkeypatch, capsys):
+    for name, values in (("BUDGETS", (1.0,)), ("SPREADS", (3.0,)), ("CONFLICTS", (1.0,)), ("RATES", (0.01,))):
+        monkeypatch.setattr(who_wins, name, values)
+    command = ["--out", str(tmp_path), "--seeds", "1", "--sizes", SMALL]
+    assert who_wins.main([*command, "--plan"]) == 0
+    assert "10 trainings of a method, of which 0 are there; 10 to do, 120 steps" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+    assert who_wins.main(command) == 0
+    file = tmp_path / "rows.jsonl"
+    whole = file.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [r["method"] for r in rows] == [*METHODS, *METHODS] and {r["steps"] for r in rows} == {12}
+    assert {r["method"]: r["models"] for r in rows} == dict(zip(METHODS, (1, 1, 3, 2, 3), strict=True))
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG" and "| 1 | 3 | 1 |" in (
+        tmp_path / "map.md"
+    ).read_text()
+    file.write_text(whole[: whole.rindex("\n", 0, -1) + 20])  # killed while it wrote the last line
+    capsys.readouterr()
+    assert who_wins.main(command) == 0
+    assert "of which 9 are there; 1 to do" in capsys.readouterr().out
+    timeless = [{k: v for k, v in json.loads(line).items() if k != "cpu_seconds"} for line in file.open()]
+    assert timeless == [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in rows]
+    assert who_wins.main(["--out", str(tmp_path)]) == 2
+    assert "rows.jsonl has rows of other sizes; pass the --sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cells", "budget=3"], "--cells has budget=3 but the map has 0.25, 1, 4"),
+        (["--cells", "width=3"], "--cells has 'width' but it must be one of budget, spread, conflict"),
+        (["--sizes", "steps=many"], "--sizes has 'steps=many'; write NAME=NUMBER"),
+        (["--report"], "has no row of the map yet"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(tmp_path, capsys, arguments, said):
+    assert who_wins.main(["--out", str(tmp_path / "new"), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_sizes_are_those_of_the_docs_unless_they_are_given():
+    assert who_wins.sizes_of("") == Sizes() and who_wins.sizes_of("steps=44,warmup=0.2").steps == 44
