@@ -133,3 +133,27 @@ def test_files_without_ids_are_numbered_on_and_label_files_are_for_one_file(tmp_
     assert sorted([*train.query_ids.tolist(), *valid.query_ids.tolist()]) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"objective 'a' has a label file, .* but train has 2 files, .*as a column"):
         load_letor(tmp_path, objectives="a=@{split}.a.txt")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.claim)])
+def test_one_of_several_processes_parses_and_all_train_as_one_does(tmp_path, processes):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("moocore")
+    from launching import DISTRIBUTED, launch, python
+    from safetensors.torch import load_file
+
+    found = {}
+    for count in (1, processes):
+        place = tmp_path / str(count)
+        (place / "data").mkdir(parents=True)
+        for split in ("train", "valid", "test"):
+            sharded(place / "data", split, [f"{split}-{n}.txt" for n in range(4)])
+        command = str(DISTRIBUTED / "rank_many_files.py"), str(place / "data"), str(place / "run")
+        done = python(*command) if count == 1 else launch(count, *command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        parsed = [file.name for file in place.glob("parsed-*")]
+        assert len(parsed) == 12 and all(name.endswith("-by-0") for name in parsed), parsed
+        found[count] = load_file(place / "run" / "model.safetensors")
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[processes][name], value, rtol=1e-4, atol=5e-4)

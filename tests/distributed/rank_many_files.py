@@ -1,0 +1,31 @@
+"""Run by tests/ranking/test_storage.py: `mopl rank` on splits of many files, which one of the processes parses."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ending import leave
+
+from mopl.ranking import storage, svmlight
+from mopl.ranking.config import RankConfig
+from mopl.ranking.recipe import rank
+
+if __name__ == "__main__":
+    data, run = map(Path, sys.argv[1:])
+    storage.LIMIT = 100  # everything is mapped
+    parse = svmlight._parse
+
+    def noted(path, names):
+        (run.parent / f"parsed-{path.name}-by-{os.environ.get('RANK', '0')}").touch()
+        return parse(path, names)
+
+    svmlight._parse = noted
+    config = RankConfig(
+        str(data), objectives=("a=1", "b=2:softmax"), hidden=8, base_hidden=8, heads=2, steps=4, base_steps=3,
+        batch_size=8, bootstrap=0, points=3, device="cpu",
+    )  # fmt: skip
+    rank(config, run)
+    leave()
