@@ -14,9 +14,9 @@ and N for CLP; "in all" is as many for CLP as the experts had together. A shared
 
 Of each method: the hypervolume of mean rewards, that of KL-regularised rewards (1 - α) R_j - α KL, both over that of
 the optimal policies at the same 11 trade-offs, and the regret V*(w) - V(w), mean over the trade-offs. Reference points
-lie below every optimal policy by a tenth of the range, for a point at 0 hides what the KL costs. The soup has the better of
-two learning rates, in each figure and setting. A file is continued where it ends; printed are means over settings and
-seeds, and of differences to the soup with 95 % intervals of Student's t over seeds.
+lie below every optimal policy by a tenth of the range, for a point at 0 hides what the KL costs. The soup has the
+better of two learning rates, in each figure and setting. A file is continued where it ends; printed are means over
+settings and seeds, and of differences to the soup with 95 % intervals of Student's t over seeds.
 """
 
 from __future__ import annotations
