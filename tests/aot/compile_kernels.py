@@ -259,25 +259,17 @@ def count_instructions(
     return violations, costs
 
 
-def switches(case: Case) -> tuple:
-    """Return the kernel of a case and what decides which of its lines are compiled, all but sizes and types."""
-    chosen = {name: v if v is None or isinstance(v, bool) else "a size" for name, v in case.constants.items()}
-    return case.kernel.fn, tuple(sorted(chosen.items(), key=lambda item: item[0]))
-
-
 def chosen_work(targets: list[str], brief: bool, counted: bool) -> list[tuple[int, str, bool]]:
     """Return what is compiled of `_CASES` for which targets."""
-    work, kernels, switched = [], set(), set()
+    work, kernels = [], set()
     for index, (_, case) in enumerate(_CASES):
-        # A brief run has for one target every kernel with every choice of its switches once, for AMD every kernel once,
-        # in its first case, and what only a target's own products can do.
-        first, other = case.kernel.fn not in kernels, switches(case) not in switched
+        # A brief run has for AMD every kernel once, in its first case, and what only a target's own products can do.
+        first = case.kernel.fn not in kernels
         kernels.add(case.kernel.fn)
-        switched.add(switches(case))
         for target in targets:
             products = set(case.instructions.get(target, ())) - set(WIDE_LOADS_AND_STORES[target])
-            once = first if target in BACKENDS and target != MACHINE_CODE else other and target == MACHINE_CODE
-            if (not brief or products or once) and (case.targets is None or target in case.targets):
+            wanted = not brief or target == MACHINE_CODE or products or (first and target in BACKENDS)
+            if wanted and (case.targets is None or target in case.targets):
                 work.append((index, target, counted))
     return work
 
@@ -314,9 +306,9 @@ def main() -> int:
     parser.add_argument("--only", help="compile only the case tables whose name contains this")
     parser.add_argument("--targets", help="comma-separated; all of " + ", ".join(TARGETS) + " by default")
     parser.add_argument(
-        "--brief", action="store_true", help=f"compile for {MACHINE_CODE} each kernel once with each choice of its "
-        f"switches, for {BACKENDS[1]} once, and what must contain instructions of tensor cores, each target's own: "
-        "another Triton compiles the rest",
+        "--brief", action="store_true", help=f"compile for targets other than {MACHINE_CODE} only what must contain "
+        f"instructions of tensor cores, each target's own, and for {BACKENDS[1]} each kernel once: another Triton "
+        "compiles the rest",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--cases", type=Path, default=Path(__file__).resolve().parent, help="folder of case tables")

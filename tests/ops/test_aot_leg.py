@@ -1,9 +1,9 @@
 """Every kernel compiled ahead of time for sm_80, sm_90, sm_100 and gfx942, in a process without the interpreter.
 
 Once with this Triton, and once with the one of the Python that MOPL_TRITON_PYTHON names, where spills are an error; see
-`tests/aot/compile_kernels.py`. Where both compile, this Triton leaves to the other what says least of kernels without
-products on tensor cores: sm_80 and sm_100, all but one case of each for gfx942, and for sm_90 further sizes and types
-of a kernel with the same switches. The other tests make sure that the checks can fail.
+`tests/aot/compile_kernels.py`. Where both compile, this Triton leaves to the other what says least: kernels without
+products on tensor cores, for sm_80 and sm_100, and all but one case of each for gfx942. The other tests make sure that
+the checks can fail.
 """
 
 import json
