@@ -48,6 +48,7 @@ THE_GPU_MACHINES = VERSION == "3.6.0"
 BACKENDS = ("sm_90", "gfx942")  # a target of each of Triton's compilers
 MACHINE_CODE = "sm_90"  # the one target that is disassembled: that of the GPU machines
 SAMPLE = 8  # compilations a day, of those whose figures are recorded
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what is compiled, and so what is recorded, depends on it
 if triton.__version__.startswith("3.4."):
     # It links for AMD with ROCm's linker, which is not in its wheel; nothing here reads what is linked.
     os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
