@@ -259,7 +259,9 @@ def todays(known: list[Work], keys: dict[Work, str], size: int) -> set[Work]:
     return {one for number, one in enumerate(ordered) if parts and number % parts == day % parts}
 
 
-def run(work: list[Work], jobs: int, counted: bool, record: Record | None, size: int) -> tuple[dict, dict, list[str]]:
+def run(
+    work: list[Work], jobs: int, counted: bool, record: Record | None, size: int
+) -> tuple[dict, dict, list[str], str]:
     """Check `work` of `_CASES`, printing a row each.
 
     Args:
@@ -270,7 +272,7 @@ def run(work: list[Work], jobs: int, counted: bool, record: Record | None, size:
         size: how many compilations of known figures are made today.
 
     Returns:
-        results and keys of all work, and violations.
+        results and keys of all work, violations, and how much was compiled.
     """
     policy = "spills fail" if THE_GPU_MACHINES else "spills are reported"
     print(f"triton {triton.__version__}, {len(work)} compilations, {policy}")
@@ -297,8 +299,8 @@ def run(work: list[Work], jobs: int, counted: bool, record: Record | None, size:
                 f"{label_of(*one).strip()}: recorded are {was.short()}, but compiled it has {now.short()}: {RECORD}"
             )
     seconds = time.perf_counter() - start
-    print(f"{len(compiled)} compilations in {seconds:.0f} s, {len(known)} of {len(work)} recorded", end=", ")
-    return results, keys, violations
+    summary = f"{len(compiled)} compilations in {seconds:.0f} s, {len(known)} of {len(work)} recorded"
+    return results, keys, violations, summary
 
 
 def write(recorded: dict[str, dict[str, dict]], file: Path) -> None:
@@ -346,7 +348,7 @@ def main() -> int:
     counted = THE_GPU_MACHINES or options.figures
     work = chosen_work(chosen, options.brief)
     use = None if options.all or options.record else record
-    results, keys, violations = run(work, options.jobs, counted, use, options.sample)
+    results, keys, violations, summary = run(work, options.jobs, counted, use, options.sample)
     costs = costs_of(results)
     if options.record:
         others = options.only is not None
@@ -355,7 +357,7 @@ def main() -> int:
             write(recorded | costs if others else costs, file)
     elif counted:
         violations += compare_all(costs, recorded, options.only is None)
-    print(f"{len(violations)} violations")
+    print(f"{summary}, {len(violations)} violations")
     for violation in violations:
         print("VIOLATION", violation)
     return 1 if violations or not work else 0
