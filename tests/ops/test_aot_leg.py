@@ -1,9 +1,9 @@
 """Every kernel compiled ahead of time for sm_80, sm_90, sm_100 and gfx942, in a process without the interpreter.
 
 Once with this Triton, and once with the one of the Python that MOPL_TRITON_PYTHON names, where spills are an error; see
-`tests/aot/compile_kernels.py`. Where both compile, this Triton leaves to the other what says least of kernels without
-products on tensor cores: sm_80 and sm_100, all but one case of each for gfx942, and for sm_90 further sizes and types
-of a kernel with the same switches. The other tests make sure that the checks can fail.
+`tests/aot/compile_kernels.py`. Where both compile, this Triton leaves to the other what says least: kernels without
+products on tensor cores, for sm_80 and sm_100, and all but one case of each for gfx942. Neither compiles a kernel anew
+of whose compilation all figures are recorded. The other tests make sure that the checks can fail.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 
 from bench.machine_code import Program
@@ -189,6 +189,80 @@ def test_a_change_of_the_instructions_an_element_is_found(tmp_path: Path) -> Non
     assert "(+20%): make it cheaper, or record that it costs this with" in str(violations["wide"])
     assert "figures are recorded of bad gone, which is no case" in str(violations[""])
     assert "same" not in violations
+
+
+def test_what_is_recorded_is_compiled_where_it_changed(tmp_path: Path) -> None:
+    cases, cache, version = tmp_path / "cases", tmp_path / "cache", triton.__version__.split("+")[0]
+    file = cases / f"compiled_{version}.json"
+    cases.mkdir()
+    text = KERNELS + "cases = lambda: good"
+
+    def run(source: str, *options: str) -> subprocess.CompletedProcess:
+        (cases / "cases_bad.py").write_text(source)
+        return compile_all(sys.executable, cache, "--cases", str(cases), "--targets", "sm_90", *options)
+
+    def compiled(result: subprocess.CompletedProcess) -> tuple[int, int]:
+        made, known = re.search(r"(\d+) compilations in .*?, (\d+) of 3 recorded", result.stdout).groups()
+        return int(made), int(known)
+
+    result = run(text, "--record")
+    assert (result.returncode, compiled(result)) == (0, (3, 0)), result.stdout + result.stderr
+    record = json.loads(file.read_text())
+    assert record["bad"]["wide"]["sm_90"]["wide"] == {"x": [32, 32], "y": [32, 32]}
+    assert record["bad"]["ordered"]["sm_90"]["order"] == {"x": "ordered"}
+
+    # Neither a comment nor where the lines stand changes what the compiler is given.
+    moved = text.replace("@triton.jit\ndef in_place", "# of this\n\n@triton.jit\ndef in_place")
+    result = run(moved, "--sample", "0")
+    assert (result.returncode, compiled(result)) == (0, (0, 3)), result.stdout + result.stderr
+    assert len(re.findall(r"recorded  ok", result.stdout)) == 3
+
+    # A changed kernel is compiled, and so is a case of which something else is asked.
+    changed = text.replace("    if BARRIER:", "    if not BARRIER:")
+    changed = changed.replace('("wide", copied', '("wide", copied, absent={"sm_90": ("ld.global",)}')
+    result = run(changed, "--sample", "0")
+    assert compiled(result) == (2, 1), result.stdout
+    violations = violations_of(result)
+    assert "no barrier between" in str(violations["ordered"])
+    assert "ld.global in the assembly" in str(violations["wide"])
+
+    # The checks read what is recorded, a part of which is compiled all the same.
+    record["bad"]["same"]["sm_90"] |= {"shared": 10**6, "registers": 7}
+    file.write_text(json.dumps(record))
+    result = run(text, "--sample", "0")
+    assert compiled(result) == (0, 3), result.stdout
+    assert "1000000 bytes of shared memory" in str(violations_of(result))
+    result = run(text)
+    assert compiled(result) == (3, 3), result.stdout
+    assert list(violations_of(result)) == ["same"], result.stdout
+    assert "recorded are {'registers': 7, " in str(violations_of(result))
+    result = run(text, "--all")
+    assert (result.returncode, compiled(result)) == (0, (3, 0)), result.stdout
+
+    # What is recorded anew leaves nothing of cases that are gone.
+    run(text.replace('    Case("same"', '    # Case("same"'), "--record")
+    assert set(json.loads(file.read_text())["bad"]) == {"wide", "ordered"}
+
+
+def test_each_recorded_compilation_has_its_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = """
+import sys, datetime
+sys.path[:0] = [sys.argv[1]]
+import compile_kernels
+keys = {(i, "sm_90"): f"{i:03}" for i in range(100)}
+seen = set()
+for day in range(13):
+    class Day(datetime.datetime):
+        now = classmethod(lambda cls, zone, day=day: datetime.datetime(2026, 11, 1 + day))
+    compile_kernels.datetime = Day
+    today = compile_kernels.todays(list(keys), keys, 8)
+    assert 7 <= len(today) <= 8 and not today & seen, today
+    seen |= today
+assert seen == set(keys)
+assert not compile_kernels.todays(list(keys), keys, 0)
+"""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    subprocess.run([sys.executable, "-c", program, str(SCRIPT.parent)], check=True)
 
 
 def test_nothing_compiled_is_an_error(tmp_path: Path) -> None:
