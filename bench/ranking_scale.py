@@ -4,9 +4,11 @@
     python -m bench.ranking_scale --folder DIR --rows 1e4 1e5 --rounds 3
 
 Files are generated: 136 columns, lists of 120 documents, blocks of lines repeated under new query ids, which are about
-as long as MSLR's lines. Every figure is of a process of its own. `sklearn` is `load_svmlight_file(query_id=True)` with
-float32 values, which reads what mopl needs, but leaves the matrix sparse; `first` is `read_letor` without a cache
-there, which checks and writes the cache, too; `again` reads from it. They take turns in every round.
+as long as MSLR's lines. Every figure is of a process of its own. `sklearn` is `load_svmlight_file` with float32 values
+and without query ids, which it reads in a time quadratic in the rows, and its matrix stays sparse; `first` is
+`read_letor` without a cache there, which reads the ids, makes the matrix dense, checks it and writes the cache, too;
+`again` reads from it. They take turns in every round. Above `--sklearn-to` rows scikit-learn is left out: its matrix of
+four million takes several times the memory.
 
 `s` is processor time, which other work on the machine disturbs least, as the median of the rounds. `speed` is sklearn's
 time over mopl's: 0.8 is 80 % of its speed. `load` is `mopl.ranking.load` from the cache: split by query and normalised.
@@ -60,7 +62,7 @@ def _sklearn(file: Path, cache: Path) -> object:
     from sklearn.datasets import load_svmlight_file
 
     load: Any = load_svmlight_file  # its annotations are those of the defaults
-    return load(str(file), dtype=np.float32, query_id=True)
+    return load(str(file), dtype=np.float32, query_id=False)
 
 
 def _read(file: Path, cache: Path) -> object:
@@ -130,22 +132,23 @@ def _apart(name: str, file: Path, cache: Path) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def measure(rows: int, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(rows: int, folder: Path, rounds: int, sklearn: bool = True) -> dict[str, Any]:
     """Return the figures of one size; what it wrote is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="ranking-scale-", dir=folder) as place:
         file, cache = Path(place) / "all.txt", Path(place) / "cache"
         generate(file, rows)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in STAGES}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in STAGES if sklearn or name != "sklearn"}
         for _ in range(rounds):
             shutil.rmtree(cache, ignore_errors=True)
-            for name in READERS:
+            for name in READERS[not sklearn :]:
                 found[name].append(_apart(name, file, cache))
         for name in ("load", "steps"):
             found[name].append(_apart(name, file, cache))
         row: dict[str, Any] = {"rows": rows, "MB": file.stat().st_size / 1e6}
     for name, each in found.items():
         row[name] = {key: statistics.median(one[key] for one in each) for key in each[0]}
-    row["speed"] = statistics.median(a["s"] / b["s"] for a, b in zip(found["sklearn"], found["first"], strict=True))
+    if sklearn:
+        row["speed"] = statistics.median(a["s"] / b["s"] for a, b in zip(found["sklearn"], found["first"], strict=True))
     return row
 
 
@@ -154,8 +157,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = ["rows", "MB", "speed", *(f"{name} {unit}" for name in STAGES for unit in ("s", "GB"))]
     lines = ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
     for row in rows:
-        cells = [f"{row['rows']:,}", f"{row['MB']:.0f}", f"{row['speed']:.2f}"]
-        cells += [f"{row[name][unit]:.2f}" for name in STAGES for unit in ("s", "GB")]
+        cells = [f"{row['rows']:,}", f"{row['MB']:.0f}", f"{row['speed']:.2f}" if "speed" in row else ""]
+        cells += [f"{row[name][unit]:.2f}" if name in row else "" for name in STAGES for unit in ("s", "GB")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -165,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=float, nargs="+", default=[1e4, 1e5, 1e6, 4e6])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sklearn-to", type=float, default=1e6, help="most rows that scikit-learn reads")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where files are written")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -178,7 +182,7 @@ def main() -> None:
 
     rows = []
     for count in asked.rows:
-        rows.append(measure(int(count), asked.folder, asked.rounds))
+        rows.append(measure(int(count), asked.folder, asked.rounds, sklearn=count <= asked.sklearn_to))
         print(table(rows[-1:]), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps({"about": about(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
