@@ -32,8 +32,9 @@ from mopl.training.batches import BatchSource
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog
 from mopl.training.optimizer import adamw
-from mopl.training.parallel import make_accelerator, prepare, whole_tensor
+from mopl.training.parallel import make_accelerator, prepare
 from mopl.training.selection import Selection, continue_selection
+from mopl.training.sharded import whole_tensor
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
