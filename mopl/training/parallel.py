@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mopl._extras import require
-from mopl.training.sharded import ShardedModel
+from mopl.training.sharded import ShardedModel, gathered
 
 
 class WholeModel:
@@ -203,3 +203,12 @@ def _fsdp_was_asked_for() -> bool:
 def unwrapped(model: nn.Module) -> Any:
     """Return the model behind whatever DDP wraps around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def whole_model(model: nn.Module) -> AbstractContextManager[Any]:
+    """Give the plain model behind what a loss is given, inside a `with` block: to generate with, not to train.
+
+    Under FSDP2 the trained parameters are gathered, which every process must do, and the whole model is on the device
+    meanwhile. Otherwise it is what `unwrapped` returns.
+    """
+    return gathered(model) or nullcontext(unwrapped(model))

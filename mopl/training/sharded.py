@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_GATHER = "_mopl_gathered"
+
 
 class ShardedModel:
     """A sharded copy of a model, trained in its place; its attributes are those of `WholeModel`.
@@ -57,6 +59,17 @@ class ShardedModel:
         self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
         if before["state"]:
             self.load_optimizer(before)
+        # Set aside from the modules: the plain model is no part of the sharded one.
+        self.model.__dict__[_GATHER] = self.on_device
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[nn.Module]:
+        """Give the plain model as it stands, on the training's device, inside a `with` block; every process must."""
+        plain = self.plain()
+        try:
+            yield plain.to(self._accelerator.device)
+        finally:
+            plain.to("cpu")
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -125,6 +138,7 @@ class ShardedModel:
         for group, own in zip(self._optimizer.param_groups, self._own, strict=True):
             group["params"] = own
         self._optimizer.state.clear()
+        del self.model.__dict__[_GATHER]
         self.model = self._plain
         gc.collect()  # the shards hang in cycles; their memory is needed for the whole model
         self._plain.to(self._accelerator.device)
@@ -183,3 +197,9 @@ def whole_tensor(value: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def gathered(model: nn.Module) -> contextlib.AbstractContextManager[nn.Module] | None:
+    """Return what gives the plain model behind a sharded one, `ShardedModel.on_device`; None for any other model."""
+    gather = model.__dict__.get(_GATHER)
+    return None if gather is None else gather()

@@ -1,0 +1,42 @@
+"""Run by tests/clp/test_sharded_rollouts.py on gloo processes, whole or sharded: CLP with SGD, stopped and resumed."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("clp", "")]
+
+import torch
+from ending import leave
+from test_training import language_model, make_loss, parts, settings
+
+from mopl.clp.policies import new_policy, release
+from mopl.clp.prompts import PromptSource
+from mopl.training import make_accelerator, train
+
+SCOPES = ("attention", "lora-mixture", "hyper-prompt")
+
+
+def fit(scope, accelerator, place: Path):
+    """Return trained parameters after two rollouts of two steps each, answers by argmax-free sampling at fixed seeds."""
+    base = language_model()
+    config = settings(scope=scope, epochs=2, clip=0.2, steps=4, accumulation=4 // accelerator.num_processes)
+    policy = new_policy(base, config, ("first", "second"), "clp")
+    loss = make_loss(base, config, place)
+    source = PromptSource(parts(config)["train"], config, 2, trade_offs=2)
+    sgd = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    train(policy, source, loss, config.training(), accelerator=accelerator, optimizer=sgd)
+    found = torch.cat([p.detach().flatten() for p in policy.parameters() if p.requires_grad])
+    release(policy)
+    return found
+
+
+if __name__ == "__main__":
+    accelerator = make_accelerator(cpu=True)
+    for scope in SCOPES:
+        found = fit(scope, accelerator, Path(sys.argv[1]) / scope)
+        if accelerator.is_main_process:
+            torch.save(found, Path(sys.argv[1]) / f"{scope}-{accelerator.num_processes}.pt")
+    leave()
