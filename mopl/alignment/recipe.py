@@ -106,8 +106,10 @@ class AlignmentRecipe(Recipe):
         return f"align-{_data_word(self.config)}-{self.config.method}"
 
     def make_accelerator(self) -> Any:
-        """Return the `Accelerator` of the run."""
-        return make_accelerator(self.config.mixed_precision, cpu=self.config.device == "cpu")
+        """Return the `Accelerator` of the run; a student that answers in its training cannot be sharded."""
+        config = self.config
+        sharding = not config.distill_on_policy
+        return make_accelerator(config.mixed_precision, cpu=config.device == "cpu", sharding=sharding)
 
     def read(self) -> dict[str, Any]:
         """Read, describe and tokenise the data, complete the settings, check what they ask of it.
