@@ -97,8 +97,8 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
     Args:
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`.
         cpu: Whether to leave a GPU alone.
-        sharding: Whether the training may be sharded. It cannot if it runs the model otherwise than by its forward
-            pass, as generation does: parameters are whole only there.
+        sharding: Whether the training may be sharded. It cannot if its loss generates with the model it is given, or
+            runs parts of it: parameters are whole only in the model's forward pass.
 
     Returns:
         The `accelerate.Accelerator`, for `train(..., accelerator=...)`.
