@@ -24,7 +24,7 @@ from mopl.language_models.scoring import Conditioner, Conditions
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.tokenized import TokenizedList
 from mopl.language_models.turns import turn_ends
-from mopl.training.parallel import unwrapped
+from mopl.training.parallel import whole_model
 
 _WHETHER, _TOKENS = 1, 2  # what numbers are drawn for
 
@@ -65,12 +65,16 @@ class OwnAnswers:
     def answered(self, model: nn.Module, batch: AlignBatch, step: int) -> AlignBatch:
         """Return the batch with an answer of the model to each prompt, sampled at the list's weights.
 
-        The answers follow the model's distribution at temperature 1, cut off after so many tokens.
+        The answers follow the model's distribution at temperature 1, cut off after so many tokens. Every process must
+        call it: a sharded model is gathered.
         """
         require("transformers", what="generation")
+        with whole_model(model) as inner:
+            return self._answered(inner, batch, step)
+
+    def _answered(self, inner: Any, batch: AlignBatch, step: int) -> AlignBatch:
         from transformers import GenerationConfig
 
-        inner: Any = unwrapped(model)
         device, places = batch.weights.device, batch.lists.lists.tolist()
         plain = [dataclasses.replace(item, prompt=item.prompt_of(0), prompt_starts=()) for item in self._of(places)]
         conditions = list(zip(plain, batch.weights.cpu(), batch.beta.cpu(), strict=True))

@@ -106,10 +106,9 @@ class AlignmentRecipe(Recipe):
         return f"align-{_data_word(self.config)}-{self.config.method}"
 
     def make_accelerator(self) -> Any:
-        """Return the `Accelerator` of the run; a student that answers in its training cannot be sharded."""
+        """Return the `Accelerator` of the run."""
         config = self.config
-        sharding = not config.distill_on_policy
-        return make_accelerator(config.mixed_precision, cpu=config.device == "cpu", sharding=sharding)
+        return make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
 
     def read(self) -> dict[str, Any]:
         """Read, describe and tokenise the data, complete the settings, check what they ask of it.

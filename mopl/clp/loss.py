@@ -24,7 +24,7 @@ from mopl.rewards import Rewards, prompt_key
 from mopl.rewards.scale import RewardScale
 from mopl.training import RunLog, TrainingDiverged
 from mopl.training.checkpoint import CheckpointFolder
-from mopl.training.parallel import unwrapped
+from mopl.training.parallel import unwrapped, whole_model
 
 
 class PolicyCollapsed(TrainingDiverged):
@@ -165,8 +165,9 @@ class ClpLoss:
         rollout = self.store.find(batch, step)
         fresh = rollout is None
         if rollout is None:
-            self.guard.check_size(policy.model, step)  # first: sampling may not survive what has overflowed
-            rollout = roll(policy, batch, self.sampler, self.rewards, config, self.source)
+            with whole_model(model) as whole:
+                self.guard.check_size(whole.model, step)  # first: sampling may not survive what has overflowed
+                rollout = roll(whole, batch, self.sampler, self.rewards, config, self.source)
             rollout.scaled = self._scaled(policy, rollout.rewards, rollout.trade_offs)
         device = policy.device
         inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)

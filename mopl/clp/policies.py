@@ -44,6 +44,16 @@ from mopl.rewards.scale import RunningScale
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
 
 
+class _Outside:
+    """A model that is no part of the module that knows it: neither trained, saved, moved nor copied with that."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Outside:
+        return self  # what FSDP2 shards is a copy of the policy; one reference serves both
+
+
 class Policy(nn.Module):
     """A trainable policy with its reference and, if there is one, its value head.
 
@@ -76,8 +86,7 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.value, self.running = model, value, None
-        # In a tuple: the reference is no part of what is trained and saved.
-        self._base = (None if model.has_reference else base,)
+        self._base = _Outside(None if model.has_reference else base)
         self.objectives = tuple(objectives)
         self.single, self.words = kind not in ("clp", "rewarded-soups"), kind == "prompting"
         self.takes_kl_weight = len(config.kl_weights(kind)) > 1
@@ -85,8 +94,8 @@ class Policy(nn.Module):
     @property
     def reference_head(self) -> Any:
         """The output head of the reference where it is another module than the policy's; else None."""
-        if self._base[0] is not None:
-            return self._base[0].get_output_embeddings()
+        if self._base.model is not None:
+            return self._base.model.get_output_embeddings()
         # Adapters may have copies of it.
         return getattr(self.model.get_output_embeddings(), "original_module", None)
 
@@ -113,7 +122,7 @@ class Policy(nn.Module):
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
         """Give the reference inside a `with` block; it takes tokens alone."""
-        base = self._base[0]
+        base = self._base.model
         return self.model.reference() if base is None else contextlib.nullcontext(base)
 
     def at(self, weights: Tensor, kl_weight: float) -> contextlib.AbstractContextManager[Any]:

@@ -123,8 +123,8 @@ class ClpRecipe(Recipe):
         return f"{self.config.method}-{_data_word(self.config)}"
 
     def make_accelerator(self) -> Any:
-        """Return the `Accelerator`: rollouts generate with the policy itself, which a sharded one cannot do."""
-        return make_accelerator(cpu=self.config.device == "cpu", sharding=False)
+        """Return the `Accelerator` of the run."""
+        return make_accelerator(cpu=self.config.device == "cpu")
 
     def read(self) -> dict[str, Any]:
         """Make the rewards, read and tokenise the prompts."""

@@ -12,7 +12,8 @@ import dataclasses
 from typing import Any
 
 from mopl.conditioning.weighted import WeightedModel
-from mopl.training.parallel import broadcast_parameters, distribution_of
+from mopl.training.parallel import distribution_of
+from mopl.training.sharded import broadcast_parameters
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
 

@@ -32,8 +32,9 @@ from mopl.training.batches import BatchSource
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog
 from mopl.training.optimizer import adamw
-from mopl.training.parallel import make_accelerator, prepare, whole_tensor
+from mopl.training.parallel import make_accelerator, prepare
 from mopl.training.selection import Selection, continue_selection
+from mopl.training.sharded import whole_tensor
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -253,7 +254,9 @@ def train(
                 # One reduction and one read a step: every process learns the same loss and the same wish to stop.
                 told = torch.stack([value, torch.as_tensor(float(stop.asked), device=value.device)])
                 told = [*accelerator.reduce(told, "sum").tolist(), norm]
+                together = True  # in what comes of these figures
                 _check_finite(told[0], told[2], config, stage, step, folder)
+                together = False
                 stepper.step()
                 stepper.zero_grad()
                 result.steps = done = step + 1
@@ -274,8 +277,8 @@ def train(
                 if told[1] or (stop.asked and ended):
                     raise TrainingInterrupted(stage, done, path)
         together = True
-    except (TrainingInterrupted, TrainingDiverged):
-        together = True  # they come from figures that all processes share
+    except TrainingInterrupted:
+        together = True
         raise
     finally:
         trained.clear()

@@ -5,30 +5,22 @@
 | one process                     | all                        | the model itself                                     |
 | several                         | all                        | the model inside `DistributedDataParallel`           |
 | `--use_fsdp --fsdp_version 2`   | a share, one layer whole   | a sharded copy; the model itself waits on the CPU    |
-
-The sharded copy is made by `fully_shard`, not by accelerate's own preparation, for three reasons: accelerate shards on
-accelerators only and would use DDP on CPUs without a word; it casts what a model is given to the training's precision,
-trade-offs included, where DDP runs under autocast; and nothing takes the shards off a model again. Here the model comes
-back whole, and a checkpoint is that of any other training: it is resumed by any number of processes, sharded or not.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
-import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mopl._extras import require
+from mopl.training.sharded import ShardedModel, gathered
 
 
 class WholeModel:
@@ -65,116 +57,6 @@ class WholeModel:
         self._plain.__dict__.pop("forward", None)
         if self._forward is not None:
             self._plain.__dict__["forward"] = self._forward
-
-
-class ShardedModel:
-    """A sharded copy of a model, trained in its place; its attributes are those of `WholeModel`.
-
-    The model itself waits on the CPU, and its optimizer updates the copy until `finish`. The frozen parameters of both
-    share their memory until the copy's shards are on the device. Trained parameters, buffers and the optimizer's state
-    are gathered for a checkpoint and at the end.
-
-    Raises:
-        ValueError: If the optimizer has parameters that the model has not, or a parameter is quantised.
-    """
-
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, plugin: Any) -> None:
-        self._accelerator, self._plain, self._optimizer = accelerator, model, optimizer
-        self._own = [list(group["params"]) for group in optimizer.param_groups]
-        names = {id(p): name for name, p in model.named_parameters()}
-        if not all(id(p) in names for group in self._own for p in group):
-            raise ValueError("the optimizer has parameters that the model has not; make it of model.parameters()")
-        for name, parameter in model.named_parameters():
-            if type(parameter) is not nn.Parameter:  # quantised weights lose their meaning outside of their class
-                raise ValueError(
-                    f"{name} is a {type(parameter).__name__}, which cannot be sharded here; load the model without "
-                    "quantisation, or train with DDP (`--multi_gpu`)"
-                )
-        broadcast_parameters(model, accelerator.device)
-        before = optimizer.state_dict()
-        model.to("cpu")
-        frozen = (p for p in model.parameters() if not p.requires_grad)
-        shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in frozen}
-        self.model = _shard(copy.deepcopy(model, shared), accelerator, plugin)
-        sharded = dict(self.model.named_parameters())
-        for group, own in zip(optimizer.param_groups, self._own, strict=True):
-            group["params"] = [sharded[names[id(p)]] for p in own]
-        optimizer.state.clear()
-        # accelerate's `prepare` would shard the model its own way, and takes no optimizer alone.
-        self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        if before["state"]:
-            self.load_optimizer(before)
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Leave the gradients of the processes apart inside a `with` block; each keeps whole ones meanwhile."""
-        model: Any = self.model
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-
-    def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load what `whole` gave as the optimizer's state, whatever number of processes it came from."""
-        from torch.distributed.tensor import distribute_tensor
-
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-
-        def shard(value: Any, parameter: Any) -> Any:
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                return value
-            # Every process has read the whole tensor and keeps its own share: nothing is sent.
-            value = value.to(self._accelerator.device)
-            return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-        shares = {
-            number: {name: shard(value, parameters[number]) for name, value in values.items()}
-            for number, values in state["state"].items()
-        }
-        self._optimizer.load_state_dict({**state, "state": shares})
-
-    @torch.no_grad()
-    def plain(self) -> nn.Module:
-        """Return the plain model, on the CPU, with what was trained so far; every process must call it."""
-        plain, buffers = dict(self._plain.named_parameters()), dict(self._plain.named_buffers())
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                plain[name].copy_(whole_tensor(parameter))
-        for name, buffer in self.model.named_buffers():
-            buffers[name].copy_(buffer)
-        return self._plain
-
-    @torch.no_grad()
-    def whole(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the plain model, on the CPU, and the optimizer's state as it stands; every process must call it.
-
-        The optimizer's state is on the main process only.
-        """
-        plain, state = self.plain(), self._optimizer.state_dict()
-        whole: dict[Any, dict[str, Any]] = {}
-        for number, values in state["state"].items():
-            whole[number] = {}
-            for name, value in values.items():
-                value = whole_tensor(value)  # every process takes part, one keeps it
-                if self._accelerator.is_main_process:
-                    whole[number][name] = value.cpu() if isinstance(value, Tensor) else value
-        return plain, {**state, "state": whole}
-
-    def finish(self, *, gather: bool) -> None:
-        """Give model and optimizer back to the caller: whole, on the device; the optimizer begins anew.
-
-        With `gather` the model gets what was trained, and every process must do so. After an error in one of them the
-        others cannot take part, and the model stays as it was at the last checkpoint.
-        """
-        if gather:
-            self.plain()
-        for group, own in zip(self._optimizer.param_groups, self._own, strict=True):
-            group["params"] = own
-        self._optimizer.state.clear()
-        self.model = self._plain
-        gc.collect()  # the shards hang in cycles; their memory is needed for the whole model
-        self._plain.to(self._accelerator.device)
 
 
 def on_main(accelerator: Any, act: Callable[[], Any]) -> Any:
@@ -215,8 +97,8 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
     Args:
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`.
         cpu: Whether to leave a GPU alone.
-        sharding: Whether the training may be sharded. It cannot if it runs the model otherwise than by its forward
-            pass, as generation does: parameters are whole only there.
+        sharding: Whether the training may be sharded. It cannot if its loss generates with the model it is given, or
+            runs parts of it: parameters are whole only in the model's forward pass.
 
     Returns:
         The `accelerate.Accelerator`, for `train(..., accelerator=...)`.
@@ -318,64 +200,15 @@ def _fsdp_was_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-# ---------------------------------------------------------------- sharding
-
-
-def _shard(model: nn.Module, accelerator: Any, plugin: Any) -> nn.Module:
-    """Shard a model in place: each layer that must not be split is a group of its own, and the rest is one."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    asked = plugin.transformer_cls_names_to_wrap or os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")
-    given = {name.strip() for name in asked if name.strip()}
-    names = given or set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names and module is not model]
-    unknown = given - {type(module).__name__ for module in layers}
-    if unknown:
-        raise ValueError(
-            f"the model has no layers of class {', '.join(sorted(unknown))}; leave fsdp_transformer_layer_cls_to_wrap "
-            "out, or name the class of its layers"
-        )
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in reversed(layers):  # those inside others first
-        fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
-    fully_shard(model, mesh=mesh)
-    if accelerator.native_amp:
-        _run_under_autocast(model, accelerator)
-    return model
-
-
-def _run_under_autocast(model: nn.Module, accelerator: Any) -> None:
-    """Do to a model's forward what accelerate does to one that is not sharded."""
-    from accelerate.utils import convert_outputs_to_fp32
-
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def under_autocast(*args: Any, **kwargs: Any) -> Any:
-        with accelerator.autocast():
-            return forward(*args, **kwargs)
-
-    model.forward = convert_outputs_to_fp32(under_autocast)  # type: ignore[method-assign]
-
-
-@torch.no_grad()
-def broadcast_parameters(model: nn.Module, device: torch.device) -> None:
-    """Give every process the main one's parameters and buffers, as DDP does, one at a time."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        there = tensor.detach().to(device).contiguous()
-        torch.distributed.broadcast(there, 0)
-        if there.data_ptr() != tensor.data_ptr():
-            tensor.copy_(there)
-
-
-def whole_tensor(value: Any) -> Any:
-    """Return a sharded tensor whole, which every process must do; anything else as it is."""
-    from torch.distributed.tensor import DTensor
-
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def unwrapped(model: nn.Module) -> Any:
     """Return the model behind whatever DDP wraps around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def whole_model(model: nn.Module) -> AbstractContextManager[Any]:
+    """Give the plain model behind what a loss is given, inside a `with` block: to generate with, not to train.
+
+    Under FSDP2 the trained parameters are gathered, which every process must do, and the whole model is on the device
+    meanwhile. Otherwise it is what `unwrapped` returns.
+    """
+    return gathered(model) or nullcontext(unwrapped(model))
