@@ -102,7 +102,7 @@ def _checksum(array: np.ndarray) -> int:
     """Return the CRC-32 of an array's bytes."""
     flat, value = np.ascontiguousarray(array).reshape(-1), 0
     for start in range(0, len(flat), _BLOCK):
-        value = zlib.crc32(memoryview(flat[start : start + _BLOCK]).cast("B"), value)
+        value = zlib.crc32(flat[start : start + _BLOCK].data.cast("B"), value)
     return value
 
 
