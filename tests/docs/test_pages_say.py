@@ -32,7 +32,7 @@ IDS = [name_of(page) for page in ALL]
 WITHOUT_HISTORY = [page for page in ALL if page.name != "CHANGELOG.md"]  # which has names that are gone
 REFERENCE = [page for page in PAGES if page.parent == ROOT / "docs" / "reference"]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # by docs/hooks.py
-# Options of other programs that the pages name: accelerate, torchrun, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
+# Options of other programs of the pages: accelerate, torchrun, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
 OTHERS = {
     "--num_processes", "--use_fsdp", "--fsdp_version", "--module", "--multi_gpu", "--index-url", "--enable-lora",
     "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-modules", "--enable-prompt-embeds", "--model-path",
