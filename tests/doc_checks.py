@@ -48,6 +48,8 @@ def check_command(command: Command, written: str = "") -> None:
             if words[0] != "launch" or words[at + 1 : at + 2] != ["mopl"]:
                 raise Failed("pages launch mopl alone: accelerate launch ... -m mopl ...")
             parse(words[at + 2 :])
+        elif program == "torchrun":
+            check_torchrun(words)
         elif program in ("python", "python3"):
             check_python(words, written)
         elif program == "pip":
@@ -63,6 +65,19 @@ def check_command(command: Command, written: str = "") -> None:
             raise Failed(f"there is no program {program} in PROGRAMS of tests/doc_checks.py")
     except SystemExit:
         raise Failed(f"mopl does not take {' '.join(words)}") from None
+
+
+def check_torchrun(words: list[str]) -> None:
+    """Check that torchrun starts mopl, with all options that are meant for it."""
+    from torch.distributed.run import parse_args
+
+    try:
+        found = parse_args(words)
+    except SystemExit:
+        raise Failed(f"torchrun does not take {' '.join(words)}") from None
+    if not found.module or found.training_script != "mopl":
+        raise Failed("pages launch mopl alone: torchrun ... -m -- mopl ...")
+    parse(found.training_script_args)
 
 
 def address_of(words: list[str]) -> tuple[str, str, str]:

@@ -204,7 +204,7 @@ class ClpConfig(LanguageModelSettings):
                 f"kl_weight is {max(self.kl_weight):g} but rewards count 1 - α in the complement form; stay below 1, "
                 "or pass kl_form='penalty'"
             )
-        if self.trade_offs is not None and self.trade_offs > self.prompts_per_step:
+        if self.trade_offs is not None and self.trade_offs > self.prompts_per_step and not self.share_rollouts:
             raise ValueError(
                 f"trade_offs is {self.trade_offs} but a step has {counted(self.prompts_per_step, 'prompt')}, each at "
                 "one trade-off; take fewer, or more prompts_per_step"

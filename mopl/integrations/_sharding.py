@@ -11,9 +11,12 @@ import copy
 import dataclasses
 from typing import Any
 
+from mopl._extras import require
 from mopl.conditioning.weighted import WeightedModel
 from mopl.training.parallel import distribution_of
 from mopl.training.sharded import broadcast_parameters
+
+require("transformers", "accelerate", what="mopl.integrations")
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
 

@@ -118,12 +118,14 @@ def balance_weights(
 
     Raises:
         TypeError: if it is not floating-point.
-        ValueError: if it is not a matrix.
+        ValueError: if it is not a matrix, or a value is NaN.
     """
     shape = "(K, B), a row for each trade-off"
     check_floating(log_probs, "log_probs", shape)
     if log_probs.ndim != 2:
         raise ValueError(f"log_probs has shape {shape_of(log_probs)} but must be {shape}")
+    if bool(log_probs.isnan().any()):
+        raise ValueError("log_probs has NaN; mask the responses whose log-probabilities could not be computed")
     # A softmax over trade-offs, K times: nothing overflows, however long the responses are.
     wide = log_probs.to(compute_dtype(log_probs))
     impossible = wide.isneginf().all(0)

@@ -26,7 +26,7 @@ _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("vali", "valid", "validation", "val", "dev"), "valid"
 )
 _COMPRESSED = (".gz", ".bz2")
-_NUMBER = re.compile(r"[-_.](?:part[-_.]?)?[0-9]+(?:-of-[0-9]+)?$")  # of one of several files
+_NUMBER = re.compile(r"[-_.](?:part[-_.]?)?([0-9]+)(?:-of-([0-9]+))?$", re.ASCII)  # of one of several files
 _ENDINGS = (".txt", ".svm", ".svmlight", ".libsvm", ".letor", ".dat")
 
 
@@ -121,11 +121,15 @@ def find_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
             )
         if each:
             found.setdefault(split, []).extend(each)
+    for split, each in found.items():
+        _check_numbers(root, split, each)
     if not {"train", "test"} <= found.keys():
         folds = sorted(f.name for f in root.iterdir() if f.is_dir() and f.name.lower().startswith("fold"))
         remedy = f"choose a fold, e.g. {root / folds[0]}" if folds else "name them so, or give the files"
         missing = " and ".join(s for s in ("train", "test") if s not in found)
-        raise ValueError(f"{root} has no file for {missing} (train.txt, vali.txt and test.txt in MSLR); {remedy}")
+        raise ValueError(
+            f"{root} has no file for {missing} (train.txt, vali.txt and test.txt in MSLR, or train-00000.txt, ...); {remedy}"
+        )
     return {split: found[split] for split in SPLITS if split in found}
 
 
@@ -143,15 +147,48 @@ def _split_word(name: str) -> str:
 
 def _in_order(path: Path) -> list[Any]:
     """Return what sorts names with numbers by the numbers: 2 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+    return [
+        (int(part), "") if number % 2 else (-1, part) for number, part in enumerate(re.split(r"([0-9]+)", path.name))
+    ]
+
+
+def _check_numbers(root: Path, split: str, files: Sequence[Path]) -> None:
+    """Raise unless numbered files are those of one data set, each once, and all where their names say how many."""
+    found: dict[tuple[str, ...], Path] = {}
+    totals: dict[str, str] = {}
+    for file in files:
+        match = _NUMBER.search(stem := _stem(file.name))
+        key = (stem,) if match is None else (str(file.parent), stem[: match.start()], str(int(match[1])))
+        other = found.setdefault(key, file)
+        if other is not file:
+            raise ValueError(f"{root} has one part of {split} twice, {other.name} and {file.name}; remove one of them")
+        if match is not None:
+            totals[match[2] or ""] = file.name
+    if len(totals) > 1:
+        raise ValueError(
+            f"{root} has files of several sets for {split}, {' and '.join(sorted(totals.values()))}; keep one set"
+        )
+    total = next(iter(totals), "")
+    if total and len(files) != int(total):
+        raise ValueError(
+            f"{root} has {counted(len(files), 'file')} for {split}, but the name of {totals[total]} says that there "
+            f"are {int(total)}; add the missing ones"
+        )
 
 
 def _files_in(folder: Path) -> list[Path]:
     """Return the data files of a folder that is a split."""
     if not folder.is_dir():
         return []
-    known = (*_ENDINGS, *(e + c for e in _ENDINGS for c in _COMPRESSED))
-    return [f for f in sorted(folder.iterdir(), key=_in_order) if f.name.endswith(known) and f.name[0] != "."]
+    files = [file for file in sorted(folder.iterdir(), key=_in_order) if file.is_file() and file.name[0] != "."]
+    data = [file for file in files if _NUMBER.search(_stem(file.name)) and file.suffix != ".query"]
+    strange = [file for file in files if file not in data and _stem(file.name) != file.name]
+    if data and strange:
+        raise ValueError(
+            f"{folder} has {strange[0].name} among the numbered files of a split; remove it, or number it: "
+            "part-00000.txt, part-00001.txt, ..."
+        )
+    return data
 
 
 def _parsed(specs: str | Sequence[str | Objective] | None, main: Objective) -> tuple[Objective, ...] | None:
@@ -173,7 +210,7 @@ def _choose_objectives(chosen: tuple[Objective, ...] | None, width: int, file: P
         if width != MSLR_COLUMNS:
             raise ValueError(
                 f"{file} has {counted(width, 'column')}, not the {MSLR_COLUMNS} of MSLR, so the objectives must be "
-                "named: write objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks={max(width - 1, 1)} "
+                f"named: write objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks={max(width - 1, 1)} "
                 f"price={width}:min:softmax"
             )
         return tuple(MSLR_OBJECTIVES.values())

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
+
 _GATHER = "_mopl_gathered"
 
 
@@ -170,6 +172,7 @@ def _shard(model: nn.Module, accelerator: Any, plugin: Any) -> nn.Module:
 
 def _run_under_autocast(model: nn.Module, accelerator: Any) -> None:
     """Do to a model's forward what accelerate does to one that is not sharded."""
+    require("accelerate")
     from accelerate.utils import convert_outputs_to_fp32
 
     forward = model.forward

@@ -1,5 +1,6 @@
 """Models that answer in their training under FSDP2: two processes train, save and resume what one process does."""
 
+import copy
 import json
 import os
 import sys
@@ -15,12 +16,13 @@ pytest.importorskip("moocore")
 
 from mopl.alignment import align, open_run
 from mopl.cli import main
+from mopl.clp.policies import new_policy
 from mopl.pareto import Front
 from mopl.training import make_accelerator, read_log
 from tests.alignment.test_command import write_data
 from tests.alignment.test_training import write_model
 
-sys.path.append(str(DISTRIBUTED))
+sys.path += [str(DISTRIBUTED), str(DISTRIBUTED.parent / "clp")]
 
 SCRIPT = str(DISTRIBUTED / "sharded_rollouts.py")
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -103,3 +105,13 @@ def test_a_student_learns_from_its_own_answers_and_one_process_resumes_it(tmp_pa
     assert float((whole - start).abs().max()) > 1e-3  # something was learned
     for found in others:
         torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+def test_a_copy_of_a_policy_has_the_same_reference():
+    """What is sharded is a copy of the policy; another copy of the language model would fill each GPU for nothing."""
+    from test_training import language_model, settings
+
+    base = language_model()
+    policy = new_policy(base, settings(scope="full"), ("first", "second"), "clp")
+    with copy.deepcopy(policy).reference() as reference:
+        assert reference is base

@@ -71,6 +71,9 @@ def fit(scope, accelerator, place: Path, *, stop=None, resume=False, collapse=Fa
         train(policy, source, loss, config.training(), **options)
     except TrainingInterrupted as stopped:
         assert stopped.step == stop + 1
+    except PolicyCollapsed:  # a gathering would take what the other process sends for something else
+        assert torch.equal(torch.cat([p.detach().flatten() for p in policy.parameters() if p.requires_grad]), before)
+        raise
     found = torch.cat([p.detach().flatten() for p in policy.parameters() if p.requires_grad])
     assert float((found - before).abs().max()) > 1e-4  # something was learned
     release(policy)

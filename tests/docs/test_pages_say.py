@@ -32,13 +32,16 @@ IDS = [name_of(page) for page in ALL]
 WITHOUT_HISTORY = [page for page in ALL if page.name != "CHANGELOG.md"]  # which has names that are gone
 REFERENCE = [page for page in PAGES if page.parent == ROOT / "docs" / "reference"]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # by docs/hooks.py
-# Options of other programs that the pages name: accelerate, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
+# Options of other programs of the pages: accelerate, torchrun, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
 OTHERS = {
     "--num_processes", "--use_fsdp", "--fsdp_version", "--module", "--multi_gpu", "--index-url", "--enable-lora",
     "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-modules", "--enable-prompt-embeds", "--model-path",
     "--max-loras-per-batch", "--lora-target-modules", "--lora-paths", "--model-id", "--lora", "--lora-scaled",
     "--jinja", "--no-jinja", "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--strict",
-    "--shell", "--no-X", "--logprobs-mode",
+    "--shell", "--no-X", "--logprobs-mode", "--machine_rank", "--num_machines", "--main_process_ip",
+    "--main_process_port",
+    "--config_file", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv",
+    "--standalone", "--run-path", "--run_path",
 }  # fmt: skip
 
 # Classes and names of others: sentence-transformers, Liger, NeMo-RL, LoRAX, Lightning, torch's compiler, LightGBM,

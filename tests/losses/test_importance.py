@@ -181,3 +181,5 @@ def test_balance_weights_of_long_and_of_impossible_responses():
     assert balance_weights(logs).tolist() == [[1, 0, 0, 1], [1, 2, 2, 1]]
     with pytest.raises(ValueError, match=r"log_probs has shape \(4,\) but must be \(K, B\)"):
         balance_weights(logs[0])
+    with pytest.raises(ValueError, match="log_probs has NaN"):
+        balance_weights(logs * float("nan"))

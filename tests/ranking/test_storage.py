@@ -87,8 +87,12 @@ def test_a_split_of_many_files_is_their_rows_in_the_order_of_their_numbers(tmp_p
     sharded(tmp_path, "train", [f"train-{n}.txt" for n in (0, 1, 2, 10)])
     sharded(tmp_path, "validation", ["valid-00000-of-00002.txt.gz", "valid-00001-of-00002.txt.gz"])
     (tmp_path / "test").mkdir()
-    sharded(tmp_path / "test", "test", ["a.txt", "b.txt"])
-    (tmp_path / "test" / "README.md").write_text("no data")
+    sharded(tmp_path / "test", "test", ["part-00000", "part-00001"])
+    for name in ("README.md", "_SUCCESS", "part-00000.query"):
+        (tmp_path / "test" / name).write_text("1\n")
+    (tmp_path / "vali").mkdir()  # no split: nothing in it is numbered
+    (tmp_path / "vali" / "notes.txt").write_text("read me")
+    (tmp_path / "10²").write_text("a name with a digit that is none")
     found = find_files(tmp_path)
     assert [file.name for file in found["train"]] == ["train-0.txt", "train-1.txt", "train-2.txt", "train-10.txt"]
     parts = load_letor(tmp_path, objectives="a=1")
@@ -123,6 +127,31 @@ def test_faults_of_many_files_name_the_file(tmp_path):
     (tmp_path / "train.txt").write_text("1 qid:9 1:1 2:3\n")
     with pytest.raises(ValueError, match=r"has two files for train, .*; give the files, or number those of a split"):
         load_letor(tmp_path, objectives="a=1")
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        (
+            ["train-0.txt", "train-1.txt", "train-1.txt.gz"],
+            r"one part of train twice, train-1\.txt and train-1\.txt\.gz",
+        ),
+        (["train-0.txt", "train-00.txt"], "has one part of train twice"),
+        (
+            ["train-0-of-3.txt", "train-1-of-3.txt"],
+            r"has 2 files for train, but the name of train-.-of-3\.txt says .* 3",
+        ),
+        (["train-0-of-2.txt", "train-1.txt"], "has files of several sets for train"),
+        (["train/part-0.txt", "train/part-1.txt", "train/scores.dat"], r"has scores\.dat among the numbered files"),
+        (["train1.txt"], r"has no file for train .*train-00000\.txt"),
+    ],
+)
+def test_files_that_do_not_make_up_a_split_are_refused(tmp_path, names, wrong):
+    (tmp_path / "train").mkdir()
+    sharded(tmp_path, "train", names)
+    sharded(tmp_path, "test", ["test.txt"])
+    with pytest.raises(ValueError, match=wrong):
+        find_files(tmp_path)
 
 
 def test_files_without_ids_are_numbered_on_and_label_files_are_for_one_file(tmp_path):
