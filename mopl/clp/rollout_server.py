@@ -240,7 +240,7 @@ class OpenAIServer:
         self._broken.clear()
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, more: int = 0) -> bytes:
-        """Send a request until it is answered, at most for `seconds`; its answer may be `more` bytes larger than others.
+        """Ask until it is answered, at most for `seconds`; the answer may be `more` bytes larger than usual.
 
         Raises:
             RolloutServerError: If it is refused, keeps failing, or time is up.
