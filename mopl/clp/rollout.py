@@ -28,6 +28,7 @@ from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.language_models.collate import padded
 from mopl.language_models.head import IGNORE_INDEX
+from mopl.language_models.models import vocabulary_of
 from mopl.language_models.prompt_rows import generating_by, prompt_rows
 from mopl.language_models.turns import turn_ends
 from mopl.rewards import Rewards
@@ -72,6 +73,9 @@ class Sampler:
         tokenizer: Its tokenizer.
         config: Settings.
 
+    Attributes:
+        vocabulary: How many tokens the model knows.
+
     Raises:
         ValueError: If nothing ends a response; see `mopl.language_models.turns.turn_ends`.
     """
@@ -85,6 +89,8 @@ class Sampler:
         self.ends, self.pad = turn_ends(encoder, base.generation_config), encoder.pad_id
         if not self.ends.ids:
             raise ValueError("neither model nor tokenizer has an end-of-sequence token, so responses cannot end")
+        # Padded embeddings have more tokens than the tokenizer, which can be sampled all the same.
+        self.vocabulary = vocabulary_of(base) or len(tokenizer)
         self._plain = GenerationConfig(
             do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens,
             eos_token_id=list(self.ends.ids), pad_token_id=self.pad, use_cache=True,

@@ -14,13 +14,17 @@ temperature of the run. Whatever else comes back is an error: no answer is made 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from mopl._extras import require
-from mopl._records import Finite, in_words
+from mopl._records import Count, Finite, in_words
+from mopl.clp.bounded_http import BoundedClient, UnreadableAnswer
+from mopl.clp.config import without_password
 
 require("httpx", "msgspec", what="rollouts from a server")
 import httpx  # noqa: E402
@@ -30,6 +34,7 @@ KEY_VARIABLE = "MOPL_API_KEY"
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)  # of HTTP: what may be otherwise the next time
 _MOST_FAILURES = 6  # answers of 500 and above in a row: with the waiting between them about 15 seconds
 _LEAST = -9000.0  # servers write -9999 for a log-probability of minus infinity, which no sampled token has
+_MOST_BYTES, _MOST_OF_TOKEN = 16 << 20, 1 << 10  # of what is read of an answer, and more for each token of completions
 _PROBED = 1e-3  # nats: log-probabilities at two temperatures that differ by less are the same
 
 
@@ -52,7 +57,7 @@ class _LogProbs(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     index: int
-    token_ids: list[int] | None = None
+    token_ids: list[Count] | None = None
     prompt_token_ids: list[int] | None = None
     logprobs: _LogProbs | None = None
 
@@ -78,16 +83,26 @@ class OpenAIServer:
         seconds: How long a request may take, with all that is tried again.
 
     Attributes:
+        url: The address as errors name it: without user and password.
         kind: `"mopl"` or `"vllm"`, once `connect` has asked.
         model: What it calls the base model.
+
+    Raises:
+        ValueError: If the key in MOPL_API_KEY cannot be sent.
     """
 
     def __init__(self, url: str, seconds: float) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self._address = url.strip().rstrip("/").removesuffix("/v1")
+        self.url = without_password(self._address)
         self.seconds, self.kind, self.model = seconds, "", ""
         key = os.environ.get(KEY_VARIABLE, "").strip()
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(headers=headers, timeout=seconds, limits=httpx.Limits(max_connections=64))
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                f"{KEY_VARIABLE} has a character that no header of HTTP can have, such as one that is not "
+                "ASCII, or a line break; set it to the key of the server alone"
+            )
+        self._secrets = [secret for secret in (key, *_password(self._address)) if secret]
+        self._client = BoundedClient({"authorization": f"Bearer {key}"} if key else {})
         self._broken = threading.Event()  # one request of several has failed for good: the others are given up
 
     def connect(self) -> None:
@@ -176,7 +191,8 @@ class OpenAIServer:
         body = self._body(prompt, temperature, answers, tokens) | asked | {"seed": seed, "stop_token_ids": list(ends)}
         if stop is not None:
             body["stop"] = [stop]
-        reply = self._read(self.post("/v1/completions", body), _Reply, "/v1/completions")
+        more = _MOST_OF_TOKEN * answers * (len(prompt) + tokens)
+        reply = self._read(self._ask("POST", "/v1/completions", body, more), _Reply, "/v1/completions")
         if sorted(choice.index for choice in reply.choices) != list(range(answers)):
             raise self.error(f"it gave {len(reply.choices)} answers of {answers} to a prompt", "look at its log")
         return [self._completion(each, prompt) for each in sorted(reply.choices, key=lambda choice: choice.index)]
@@ -205,8 +221,8 @@ class OpenAIServer:
         values = logs.token_logprobs
         if not ids or len(values) != len(ids):
             raise self.error(f"it gave {len(values)} log-probabilities for {len(ids)} tokens", "look at its log")
-        named = [int(text.removeprefix("token_id:")) for text in logs.tokens if text.startswith("token_id:")]
-        if named and named != ids:
+        named = [text.removeprefix("token_id:") for text in logs.tokens if text.startswith("token_id:")]
+        if named and named != [str(token) for token in ids]:
             raise self.error("the tokens of its log-probabilities are not those of its answer", "look at its log")
         known = [value for value in values if value is not None and _LEAST < value <= 1e-3]
         if len(known) != len(ids):
@@ -223,8 +239,8 @@ class OpenAIServer:
         """Forget that a request has failed: the next ones are new."""
         self._broken.clear()
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """Send a request until it is answered, at most for `seconds`.
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, more: int = 0) -> bytes:
+        """Ask until it is answered, at most for `seconds`; the answer may be `more` bytes larger than usual.
 
         Raises:
             RolloutServerError: If it is refused, keeps failing, or time is up.
@@ -236,25 +252,31 @@ class OpenAIServer:
                 break
             tries, pause = tries + 1, min(0.25 * 2**tries, 8.0)
             try:
-                answer = self._client.request(method, f"{self.url}{path}", json=body, timeout=left)
-            except httpx.TimeoutException:
+                answer, content = self._client.request(method, f"{self._address}{path}", body, left, _MOST_BYTES + more)
+            except TimeoutError:
                 why = "no answer came in time"
                 continue
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
-                    raise self.error(str(error), "give an address such as http://127.0.0.1:8000") from None
+            except UnreadableAnswer as error:
+                self._broken.set()
+                raise self.error(f"its answer to {path} {error}", "check the address, and what is between") from None
+            except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
+                self._broken.set()
+                # What is wrong with an address may quote a part of its password.
+                why = "its address is none" if "@" in self._address else str(error)
+                raise self.error(why, "give an address such as http://127.0.0.1:8000") from None
+            except httpx.RequestError as error:
                 why = f"it cannot be reached ({error or type(error).__name__})"
             else:
                 if answer.is_success:
-                    return answer.content
-                said = _message(answer)
+                    return content
+                said = _message(content)
                 why = f"it answered {path} with {answer.status_code}: {said}"
                 if tries > 1 and path == "/v1/load_lora_adapter" and "already been loaded" in said:
                     return b""  # by the request before, whose answer was lost
                 failures += answer.status_code >= 500
                 if answer.status_code not in _AGAIN or failures >= _MOST_FAILURES:
                     self._broken.set()
-                    raise self.error(why, _remedy(answer.status_code, path))
+                    raise self.error(why, _remedy(answer.status_code, path, said))
                 pause = max(pause, _seconds(answer.headers.get("retry-after", "")))
             self._broken.wait(min(pause, max(deadline - time.monotonic(), 0)))
         if self._broken.is_set():
@@ -267,20 +289,34 @@ class OpenAIServer:
 
     def error(self, what: str, remedy: str) -> RolloutServerError:
         """Return an error that names the server, what happened and the remedy."""
+        for secret in self._secrets:  # a server may say back what it was sent
+            what = what.replace(secret, "***")
         return RolloutServerError(
             f"the rollout server {self.url}: {what}; {remedy}; the last checkpoint is intact, so the run can be resumed"
         )
 
     def _read(self, raw: bytes, schema: Any, path: str) -> Any:
         try:
-            return msgspec.convert(values := msgspec.json.decode(raw), schema)
+            values = msgspec.json.decode(raw)
+        except (ValueError, RecursionError):  # not UTF-8, numbers without an end, nested too deep
+            raise self.error(f"{path} gives no JSON that can be read", "check the address") from None
+        try:
+            return msgspec.convert(values, schema)
         except msgspec.ValidationError as error:
-            raise self.error(f"{path} is not as OpenAI's: {in_words(error, values, '')}", "check the address") from None
-        except msgspec.DecodeError:
-            raise self.error(f"{path} gives no JSON", "check the address") from None
+            try:
+                why = in_words(error, values, "")
+            except RecursionError:  # what is there is nested too deep to be shown
+                why = str(error)
+            raise self.error(f"{path} is not as OpenAI's: {why}", "check the address") from None
 
 
-def _remedy(status: int, path: str) -> str:
+def _password(url: str) -> tuple[str, ...]:
+    """Return the password of an address as it is written and as it is sent; nothing where it has none."""
+    written = re.search(r"//[^:@]*:(.*)@", url)
+    return () if written is None else (written[1], unquote(written[1]))
+
+
+def _remedy(status: int, path: str, said: str) -> str:
     """Return what may help against a status of HTTP."""
     if status in (401, 403):
         return f"put its key into {KEY_VARIABLE}"
@@ -293,21 +329,24 @@ def _remedy(status: int, path: str) -> str:
         return "start `mopl serve MODEL --policies FOLDER` with the rollout_folder of this run"
     if status in (404, 409):
         return "another training uses the server, or it was started again: give each training a server of its own"
+    if status == 400 and "max_tokens" in said:
+        return "start it with a limit of at least the run's max_new_tokens (mopl serve --max-tokens), or lower that"
     return "look at its log"
 
 
 def _seconds(text: str) -> float:
     """Return what a Retry-After header says in seconds; 0 for a date."""
-    return min(float(text), 60.0) if text.isdigit() else 0.0
+    return min(float(text), 60.0) if text.isascii() and text.isdigit() else 0.0
 
 
-def _message(answer: httpx.Response) -> str:
+def _message(content: bytes) -> str:
     """Return what an answer of an error says, in a line: OpenAI's form, vLLM's, or any text."""
     try:
-        said = answer.json()
-    except ValueError:
-        said = answer.text
-    if isinstance(said, dict):
-        inner = said.get("error", said)
-        said = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
-    return " ".join(str(said).split())[:500]
+        said = msgspec.json.decode(content)
+        if isinstance(said, dict):
+            inner = said.get("error", said)
+            said = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
+        said = str(said)
+    except (ValueError, RecursionError):
+        said = content[:10_000].decode("utf-8", "replace")
+    return " ".join(said.split())[:500]

@@ -45,7 +45,7 @@ class ServerAnswers:
     def __init__(self, config: ClpConfig, sampler: Sampler, accelerator: Any) -> None:
         assert config.rollout_server is not None and config.rollout_folder is not None
         self.config, self.sampler, self.accelerator = config, sampler, accelerator
-        self.folder = Path(config.rollout_folder)
+        self.folder, self.vocabulary = Path(config.rollout_folder), sampler.vocabulary
         self.server = OpenAIServer(config.rollout_server, config.rollout_timeout)
         # In all names: another run, or this one before it was stopped, may have used the server.
         self.mark = on_main(accelerator, lambda: secrets.token_hex(4))
@@ -114,6 +114,16 @@ class ServerAnswers:
             ends=ends.ids, stop=ends.text,
         )  # fmt: skip
         for each in found:
+            if len(each.token_ids) > config.max_new_tokens:
+                raise self.server.error(
+                    f"an answer has {len(each.token_ids)} tokens, above max_new_tokens = {config.max_new_tokens}",
+                    "look at its log",
+                )
+            if (largest := max(each.token_ids)) >= self.vocabulary:
+                raise self.server.error(
+                    f"an answer has the token {largest}, but the run's model has {self.vocabulary} tokens",
+                    "use the model of the run there",
+                )
             kept, ended = ends.cut(each.token_ids)
             if len(kept) != len(each.token_ids) or not (ended or len(kept) == config.max_new_tokens):
                 raise self.server.error(

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from mopl._extras import require
-from mopl._records import parse_json
+from mopl._records import parse_json, read_json
 from mopl.conditioning import ParameterMixture, WeightedModel
-from mopl.conditioning.saved_models import CONFIG_FILE, read_kind
+from mopl.conditioning.saved_models import ADAPTER_CONFIG, CONFIG_FILE, AdapterRecord, read_kind
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.serving.errors import ApiError
@@ -69,7 +69,7 @@ class PolicyFolder:
         base.generation_config = GenerationConfig(
             bos_token_id=known.bos_token_id, eos_token_id=known.eos_token_id, pad_token_id=known.pad_token_id
         )
-        self._base, self._encoder, self._policy = base, encoder, None
+        self._base, self._encoder = base, encoder
         self.plain = ServedModel(base, encoder, ("base",), name=name, takes_weights=False, fixed=True)
 
     def find(self, path: str) -> Path:
@@ -104,18 +104,27 @@ class PolicyFolder:
         folder = self.find(path)
 
         def make() -> ServedModel:
-            if self._policy is not None:
-                models.release(self._policy)
-                self._policy = None
-            mixture = read_kind(folder) == ParameterMixture.KIND
-            # Of a mixture of parameters the model inside becomes the policy; the base stays what it is.
-            base = copy.deepcopy(self._base) if mixture else self._base
+            # A policy gets modules of its own, so that adapters never lie in the base: a load may fail half-way, when
+            # some of them are in already.
+            base = copy.deepcopy(self._base) if _writes(folder) else models.sharing(self._base)
             with models.quiet():
                 policy: Any = WeightedModel.from_pretrained(folder, base)
-            self._policy = None if mixture else policy
             policy.to(next(self._base.parameters()).device).eval()
             trained = policy.record.beta
             alpha = (trained[0] if isinstance(trained, (list, tuple)) else trained) if policy.takes_kl_weight else None
             return ServedModel(policy, self._encoder, policy.record.objectives, name=name, kl_weight=alpha)
 
         return make
+
+
+def _writes(folder: Path) -> bool:
+    """Return whether loading a policy may write values into its base model, which then needs memory of its own."""
+    if read_kind(folder) == ParameterMixture.KIND:
+        return True
+    for file in sorted(folder.rglob(ADAPTER_CONFIG)):
+        adapter = read_json(file, AdapterRecord)
+        # PiSSA, OLoRA and others take out of the base what they start from; biases are those of the base.
+        quiet = adapter.get("init_lora_weights", True) in (True, False, None, "gaussian", "orthogonal")
+        if adapter["peft_type"] != "LORA" or adapter.get("bias", "none") != "none" or not quiet:
+            return True
+    return False

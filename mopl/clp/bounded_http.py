@@ -1,0 +1,87 @@
+"""Requests over HTTP whose time and size have bounds: httpx bounds each read alone, and there may be many."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Mapping
+from concurrent import futures
+from typing import Any
+
+from mopl._extras import require
+
+require("httpx", what="rollouts from a server")
+import httpx  # noqa: E402
+
+
+class UnreadableAnswer(Exception):
+    """An answer is compressed, or too large; the message says which."""
+
+
+class BoundedClient:
+    """Sends requests; safe for several threads.
+
+    Args:
+        headers: Of every request.
+    """
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        # Compressed answers are neither asked for nor read: a small one can become one that fills the memory.
+        headers = {"accept-encoding": "identity", **headers}
+        client = httpx.AsyncClient(headers=headers, limits=httpx.Limits(max_connections=64))
+        self._client, self._loop = client, asyncio.new_event_loop()
+        # A thread of its own, as the caller's may have a loop that runs, such as a notebook's.
+        threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
+        weakref.finalize(self, _end, client, self._loop)
+
+    def request(self, method: str, url: str, body: Any, seconds: float, most: int) -> tuple[httpx.Response, bytes]:
+        """Return what answers a request, and what the answer holds.
+
+        Args:
+            method: Of HTTP.
+            url: The address.
+            body: What is sent as JSON, or None.
+            seconds: How long all of it may take.
+            most: How many bytes the answer may have.
+
+        Raises:
+            TimeoutError: If it takes longer.
+            UnreadableAnswer: If the answer is compressed, or larger.
+            httpx.RequestError, httpx.InvalidURL: As of httpx.
+        """
+
+        async def send(client: httpx.AsyncClient) -> tuple[httpx.Response, bytes]:
+            content = bytearray()
+            async with client.stream(method, url, json=body, timeout=seconds) as answer:
+                coding = answer.headers.get("content-encoding", "").strip().lower()
+                if coding not in ("", "identity"):
+                    raise UnreadableAnswer(f"is compressed ({coding!r:.80}), which was not asked for")
+                async for part in answer.aiter_raw():
+                    content += part
+                    if len(content) > most:
+                        raise UnreadableAnswer(f"has more than {most:,} bytes")
+            return answer, bytes(content)
+
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(send(self._client), seconds), self._loop)
+        try:
+            return future.result()
+        except (httpx.TimeoutException, futures.TimeoutError):  # the latter is not Python's own before 3.11
+            raise TimeoutError("no answer came in time") from None
+        finally:
+            future.cancel()  # where waiting for it was interrupted
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _end(client: httpx.AsyncClient, loop: asyncio.AbstractEventLoop) -> None:
+    """Close the connections of what is not used any more, and end its thread."""
+
+    async def end() -> None:
+        await client.aclose()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
