@@ -126,7 +126,8 @@ class Plan:
         Raises:
             ValueError: If the folder holds an experiment of other data or options.
         """
-        now = {"experiment": self.name, "options": self.options, "data": dict(zip(_names(self.files), map(mark, self.files), strict=True))}
+        data = dict(zip(_names(self.files), map(mark, self.files), strict=True))
+        now = {"experiment": self.name, "options": self.options, "data": data}
         now = json.loads(json.dumps(now))
         file = self.out / BEGUN
         for entry in self.out.iterdir() if self.out.is_dir() else ():

@@ -85,5 +85,5 @@ def checked(files: Sequence[Path], fields: dict[str, type | tuple[type, ...]], w
             if not isinstance(row[name], kind):
                 raise ValueError(f"{place}: {name} is {str(row[name])[:40]!r}, which {what} cannot have there")
             if isinstance(row[name], str) and (half := lone_surrogate(row[name])):
-                raise ValueError(f"{place}: {name} has {half}; mend it, or leave the row out")
+                raise ValueError(f"{place}: {name} {half}; mend it, or leave the row out")
         yield row

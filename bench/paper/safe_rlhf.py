@@ -14,7 +14,8 @@ from bench.paper import rows
 from bench.paper.plan import ALIGN, Job, Plan
 from bench.paper.tables import Table, front_table, paper_of
 from mopl.experiments.run import FinishedRun
-from mopl.language_models import PreferenceData, load_preferences
+from mopl.language_models import load_preferences
+from mopl.language_models.data import PreferenceData
 
 PAPER_PAIRS, PAPER_MODEL = 83_400, "gpt2"
 COMMON: dict[str, Any] = {
