@@ -109,7 +109,6 @@ def test_mslr_goes_on_where_it_was_stopped_and_ends_with_the_same_figures(
     # A third time there is nothing to do, and with other options it is another experiment.
     status, printed, complaint = said(capsys, *words("whole", 1, 2), "--log-every", 3)
     assert status == 0 and "to do" not in printed and "run 1 of" not in printed, complaint
-    assert "hidden 8" in printed and "log_every" not in printed, "the runs do not have it"
     for more, what in (
         (["--seed", 1], "seed was not given, is 1"), (["--points", 12], "points was not given, is 12"),
         (["--small"], "small was False, is True"),
@@ -429,3 +428,13 @@ def test_line_separators_inside_a_text_end_no_row(
     rows[2]["document"] += "\ud83d"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "xsum.jsonl line 3: document holds U+D83D" in said(capsys, *words)[2]
+
+
+def test_what_a_finished_run_may_have_otherwise_is_no_setting_of_its_table(data: Path, tmp_path: Path) -> None:
+    words = ["clp-summary", data / "xsum.jsonl", "--out", tmp_path / "out", "--model", data / "model", "--two", "rouge"]
+    words += ["brevity", "--steps", 4]
+    planned(build_parser().parse_args([*map(str, words)])).begin()
+    (tmp_path / "out/runs").mkdir()
+    plan = planned(build_parser().parse_args([*map(str, words), "--log-every", "2", "--rollout-timeout", "9"]))
+    plan.begin()
+    assert tables.settings_given(plan) == [f"settings that were given: model {data / 'model'}, steps 4"]
