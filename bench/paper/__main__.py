@@ -34,6 +34,7 @@ HELP = {
     "train*",
 }
 MOPL = {"mslr": "rank", "safe-rlhf": "align", "clp-summary": "clp"}  # the command whose settings are options
+REPEATED = ("folds", "groups", "scopes", "kl_weights")  # options of which each value makes runs of its own
 BASIC = ("model", "method", "steps", "points", "seed", "device", "limit", "batch_size", "lists_per_batch", "max_length")
 
 
@@ -108,6 +109,10 @@ def planned(options: argparse.Namespace) -> Any:
     for setting in door.managed:
         if setting in settings:
             raise ValueError(f"--{setting.replace('_', '-')} is set by the experiment; leave it out")
+    for several in REPEATED:
+        values = list(getattr(options, several, ()))
+        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise ValueError(f"--{several.replace('_', '-')} names {twice[0]} more than once; name each once")
     plan = module_of(name).prepare(options, settings)
     for job in plan.jobs:
         job.config()  # settings that do not go together

@@ -17,6 +17,7 @@ from bench.paper import rows
 from bench.paper.plan import CLP, Job, Plan
 from bench.paper.tables import Table, front_table, kl_table, paper_of
 from mopl._files import write_file
+from mopl._lines import read_lines
 from mopl.experiments.resume_settings import located_if_there
 from mopl.experiments.run import FinishedRun
 from mopl.rewards import ClassifierReward, FunctionReward, Rewards, Rouge, available, make
@@ -134,7 +135,7 @@ def check_rewards(names: Sequence[str], options: argparse.Namespace) -> None:
             if name.partition(":")[0] not in available():
                 raise ValueError(f"there is no reward {name!r}; choose from nli, {', '.join(available())}")
             make(name)
-    if len(set(names)) < len(names) - (options.one in options.two):
+    if "two-rewards" in options.groups and len(set(options.two)) < 2:
         raise ValueError(f"--two names {options.two[0]} twice; name two rewards")
 
 
@@ -156,8 +157,8 @@ def write_data(plan: Plan, options: argparse.Namespace) -> None:
 
 def rewards(names: Sequence[str], options: argparse.Namespace) -> Rewards:
     """Return the rewards of these names, on the prompts that `write_data` has written."""
-    lines = (options.out / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
+    lines = options.out / "data" / "prompts.jsonl"
+    entries = [json.loads(text) for _, text in read_lines(lines)]  # U+2028 and its like end no line of JSON
     made: list[Any] = []
     for name in names:
         if name == "rouge":

@@ -8,17 +8,16 @@ the two qualities, tuned models have five layers and add to the base model's sco
 from __future__ import annotations
 
 import argparse
-import bz2
-import gzip
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.paper.plan import RANK, Job, Plan
 from bench.paper.tables import Table, front_table, paper_of
 from mopl._files import write_file
+from mopl._lines import read_lines
 from mopl.experiments.run import FinishedRun
 from mopl.ranking.letor import find_files
 from mopl.ranking.objectives import MSLR_COLUMNS
@@ -57,22 +56,23 @@ def prepare(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
             settings = {"data": str(data), **COMMON, **GROUPS[group], **small, **given}
             jobs.append(Job(f"{group}-fold{fold}", group, RANK, settings))
     counts = {"queries of each file": queries, "folds": len(options.folds)}
-    return Plan("mslr", options.out, jobs, list(itertools.chain(*(f.values() for f in files.values()))), {}, counts)
+    parts = [part for splits in files.values() for each in splits.values() for part in each]
+    return Plan("mslr", options.out, jobs, parts, {}, counts)
 
 
 def write_data(plan: Plan, options: argparse.Namespace) -> None:
-    """Write the first queries of each file, where not all are asked for."""
+    """Write the first queries of each split, where not all are asked for."""
     queries = plan.counts["queries of each file"]
     for fold, files in check_folds(options.path, options.folds).items() if queries else ():
-        for split, source in files.items():
+        for split, parts in files.items():
             target = plan.out / "data" / f"Fold{fold}" / f"{'vali' if split == 'valid' else split}.txt"
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_file(target, "".join(first_queries(source, queries)))
+                write_file(target, "".join(first_queries(parts, queries)))
 
 
-def check_folds(path: Path, folds: tuple[int, ...] | list[int]) -> dict[int, dict[str, Path]]:
-    """Return the files of each fold by split.
+def check_folds(path: Path, folds: tuple[int, ...] | list[int]) -> dict[int, dict[str, list[Path]]]:
+    """Return the files of each fold by split, of which each may be in numbered parts.
 
     Raises:
         FileNotFoundError: If folds or files are missing: all of them are named.
@@ -88,7 +88,9 @@ def check_folds(path: Path, folds: tuple[int, ...] | list[int]) -> dict[int, dic
             continue
         try:
             files = find_files(folder)
-        except ValueError:
+        except ValueError as error:
+            if "has no file for" not in str(error):
+                raise
             files = {}
         words = {"train": "train.txt", "valid": "vali.txt", "test": "test.txt"}
         missing += [f"{folder.name}/{word}" for split, word in words.items() if split not in files]
@@ -99,21 +101,14 @@ def check_folds(path: Path, folds: tuple[int, ...] | list[int]) -> dict[int, dic
             "(--folds takes some of them)"
         )
     for files in found.values():
-        for file in files.values():
+        for file in itertools.chain(*files.values()):
             check_line(file)
     return found
 
 
-def lines_of(file: Path) -> Iterator[str]:
-    """Yield the lines of a file that may be compressed."""
-    opening: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(file.suffix, open)
-    with opening(file, "rt", encoding="utf-8") as handle:
-        yield from handle
-
-
 def check_line(file: Path) -> None:
     """Check the first line; the library checks all of them, which takes minutes, before it trains."""
-    line = next((line for line in lines_of(file) if line.strip() and not line.startswith("#")), "")
+    line = next((line for _, line in read_lines(file) if line.strip() and not line.startswith("#")), "")
     words = line.partition("#")[0].split()
     columns = [int(match[1]) for word in words[2:] if (match := re.match(r"(\d+):\S", word))]
     place = f"{file.parent.name}/{file.name}"
@@ -123,16 +118,16 @@ def check_line(file: Path) -> None:
         raise ValueError(f"{place} has {max(columns)} columns in its first line but MSLR has {MSLR_COLUMNS}")
 
 
-def first_queries(file: Path, queries: int) -> Iterator[str]:
-    """Yield the lines of the first queries of a file."""
+def first_queries(files: Sequence[Path], queries: int) -> Iterator[str]:
+    """Yield the lines of the first queries of a split."""
     last, seen = None, 0
-    for line in lines_of(file):
+    for _, line in itertools.chain(*map(read_lines, files)):
         words = line.split(maxsplit=2)
         if len(words) > 1 and words[1] != last:
             last, seen = words[1], seen + 1
         if seen > queries:
             return
-        yield line
+        yield f"{line}\n"
 
 
 def tables(plan: Plan, runs: dict[str, FinishedRun]) -> list[Table]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -28,6 +29,11 @@ class Door(NamedTuple):
     recipe: str  # the module of `check_resume` and of the function that trains
     train: str  # that function
     managed: tuple[str, ...]  # settings that the experiment itself sets
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The settings that a run which goes on may have otherwise."""
+        return getattr(import_module(self.recipe), "FREE_ON_RESUME", FREE_ON_RESUME)
 
     @property
     def config(self) -> Any:
@@ -120,7 +126,8 @@ class Plan:
         Raises:
             ValueError: If the folder holds an experiment of other data or options.
         """
-        now = {"experiment": self.name, "options": self.options, "data": {_name(f): mark(f) for f in self.files}}
+        data = dict(zip(_names(self.files), map(mark, self.files), strict=True))
+        now = {"experiment": self.name, "options": self.options, "data": data}
         now = json.loads(json.dumps(now))
         file = self.out / BEGUN
         for entry in self.out.iterdir() if self.out.is_dir() else ():
@@ -147,7 +154,7 @@ class Plan:
         old, new = ({**each["options"], **each["options"].get("settings", {})} for each in (then, now))
         changed = [
             f"{name} was {_word(old.get(name))}, is {_word(new.get(name))}"
-            for name in sorted({*old, *new} - {"settings", *FREE_ON_RESUME})
+            for name in sorted({*old, *new} - {"settings", *self.jobs[0].door.free})
             if old.get(name) != new.get(name)
         ]
         files = sorted(name for name, value in now["data"].items() if then["data"].get(name) != value)
@@ -160,8 +167,10 @@ class Plan:
             )
 
 
-def _name(file: Path) -> str:
-    return "/".join(file.parts[-2:])
+def _names(files: Sequence[Path]) -> list[str]:
+    """Return the names of files below the folder that holds all of them: parts of two folds may have one name."""
+    top = Path(os.path.commonpath([file.parent for file in files]))
+    return [file.relative_to(top).as_posix() for file in files]
 
 
 def _word(value: Any) -> str:

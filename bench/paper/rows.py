@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl._extras import require
+from mopl._lines import lone_surrogate
 from mopl.language_models.data import RowError
 from mopl.language_models.readers import rows_of_json
 
@@ -19,6 +20,7 @@ def files_of(path: Path, what: str) -> list[Path]:
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If the ending of the file is another, or files of a folder are in two formats.
     """
     if path.is_file():
         if not path.name.endswith(ENDINGS):
@@ -29,6 +31,12 @@ def files_of(path: Path, what: str) -> list[Path]:
     for folder in (path, path / "data"):
         found = sorted(folder.glob("train*")) if folder.is_dir() else []
         if found := [file for file in found if file.is_file() and file.name.endswith(ENDINGS)]:
+            tables = [file.name for file in found if file.name.endswith(".parquet")]
+            if 0 < len(tables) < len(found):  # `datasets` reads a folder in one format and says nothing of the rest
+                other = next(file.name for file in found if file.name not in tables)
+                raise ValueError(
+                    f"{folder} has {other} and {tables[0]}, files of two formats; keep those of one, or name a file"
+                )
             return found
     raise FileNotFoundError(f"{path} has no train.jsonl, nor another file train* of {', '.join(ENDINGS)}; name a file")
 
@@ -43,17 +51,25 @@ def read(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet
 
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file.name} row {number}", row
+        try:
+            with pyarrow.parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches():
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{file.name} row {number}", row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{file} cannot be read as parquet behind row {number} ({error}); fetch it again, or name it by its "
+                "format"
+            ) from error
 
 
 def checked(files: Sequence[Path], fields: dict[str, type | tuple[type, ...]], what: str) -> Iterator[dict[str, Any]]:
     """Yield the records.
 
     Raises:
-        ValueError: If one lacks a field or has something else there; the message names file, row and field.
+        ValueError: If one lacks a field or has something else there, or text that no file can hold; the message names
+            file, row and field.
     """
     for place, row in read(files):
         if isinstance(row, RowError):
@@ -68,4 +84,6 @@ def checked(files: Sequence[Path], fields: dict[str, type | tuple[type, ...]], w
         for name, kind in fields.items():
             if not isinstance(row[name], kind):
                 raise ValueError(f"{place}: {name} is {str(row[name])[:40]!r}, which {what} cannot have there")
+            if isinstance(row[name], str) and (half := lone_surrogate(row[name])):
+                raise ValueError(f"{place}: {name} {half}; mend it, or leave the row out")
         yield row

@@ -15,6 +15,7 @@ from bench.paper.plan import ALIGN, Job, Plan
 from bench.paper.tables import Table, front_table, paper_of
 from mopl.experiments.run import FinishedRun
 from mopl.language_models import load_preferences
+from mopl.language_models.data import PreferenceData
 
 PAPER_PAIRS, PAPER_MODEL = 83_400, "gpt2"
 COMMON: dict[str, Any] = {
@@ -39,10 +40,12 @@ def prepare(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
     counts: Counter[str] = Counter()
     for row in rows.checked(files, FIELDS, "PKU-SafeRLHF"):
         counts["pairs"] += 1
+        labels = []
         for name in ("better_response_id", "safer_response_id"):
-            if str(row[name]).strip() not in ("0", "1") or isinstance(row[name], bool):
+            labels.append(str(row[name]).strip())
+            if labels[-1] not in ("0", "1") or isinstance(row[name], bool):
                 raise ValueError(f"row {counts['pairs']} has {name} {row[name]!r} but it must be 0 or 1")
-        counts["pairs whose labels disagree"] += str(row["better_response_id"]) != str(row["safer_response_id"])
+        counts["pairs whose labels disagree"] += labels[0] != labels[1]
     if counts["pairs"] < 4:
         raise ValueError(f"{options.path} has {counts['pairs']} pairs, too few to train on and to hold out")
     if not counts["pairs whose labels disagree"]:
@@ -51,10 +54,21 @@ def prepare(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
             "trade-off; name data in which the two labels disagree"
         )
     settings["data"] = str(files[0] if len(files) == 1 else options.path)
-    data = load_preferences(  # all of it, as the run will: the probe reads a few rows alone
-        settings["data"], format=settings["format"], on_error=settings.get("on_error", "raise"),
-        limit=settings.get("limit"),
-    )  # fmt: skip
+    limit = settings.get("limit")
+
+    def load(**how: Any) -> PreferenceData:
+        return load_preferences(settings["data"], **{"format": settings["format"], "on_error": "raise", **how})
+
+    # All of it, as the run will: the probe reads a few rows alone.
+    data = load(on_error=settings.get("on_error", "raise"), limit=limit)
+    if len(files) > 1:  # of a folder the run reads what `datasets` finds there, which may be other files
+        rows_read = (data if limit is None else load(on_error="skip")).report.rows
+        if rows_read != counts["pairs"]:
+            raise ValueError(
+                f"{options.path} has {counts['pairs']} rows in {', '.join(file.name for file in files[:3])}"
+                f"{' and others' if len(files) > 3 else ''}, but {rows_read} are read as its training split; name the "
+                "files train-00000, train-00001, ... and keep no others there, or name one file"
+            )
     job = Job("all", "safe-rlhf", ALIGN, settings, lists=len(data))
     return Plan("safe-rlhf", options.out, [job], files, {}, dict(counts))
 

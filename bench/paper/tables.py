@@ -127,8 +127,9 @@ def front_table(
 
 
 def settings_given(plan: Plan) -> list[str]:
-    """Return in a line which settings the command line has changed."""
-    given = plan.options.get("settings", {})
+    """Return in a line which settings the command line has changed; those that a finished run need not have aside."""
+    free = plan.jobs[0].door.free
+    given = {name: value for name, value in plan.options.get("settings", {}).items() if name not in free}
     said = ", ".join(f"{name} {value}" for name, value in given.items())
     small = ["`--small`: few steps on few rows, to try the command; nothing here is a result"]
     return [*(small if plan.options.get("small") else ()), *([f"settings that were given: {said}"] if given else ())]

@@ -324,3 +324,117 @@ def test_samples_are_in_the_public_formats(tmp_path: Path, capsys: pytest.Captur
     assert said(capsys, "sample", tmp_path / "new")[0] == 0
     assert set(mslr.check_folds(tmp_path / "new/mslr", mslr.FOLDS)) == set(mslr.FOLDS)
     assert "is not empty" in said(capsys, "sample", tmp_path / "new")[2]
+
+
+def test_splits_of_mslr_may_be_in_parts(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for fold in (1, 2):
+        folder = tmp_path / f"mslr/Fold{fold}"
+        shutil.copytree(data / f"mslr/Fold{fold}", folder)
+        lines = (folder / "train.txt").read_text().splitlines(keepends=True)
+        cut = next(n for n, line in enumerate(lines) if line.split()[1] != lines[0].split()[1])
+        (folder / "train.txt").unlink()
+        (folder / "train").mkdir()
+        (folder / "train/part-0.txt").write_text("".join(lines[:cut]))  # the first query alone
+        (folder / "train/part-1.txt").write_text("".join(lines[cut:]))
+    words = ["mslr", tmp_path / "mslr", "--out", tmp_path / "out", "--folds", 1, 2]
+    options = build_parser().parse_args([*map(str, words), "--queries", "2"])
+    plan = planned(options)
+    plan.begin()
+    names = json.loads((tmp_path / "out/experiment.json").read_text())["data"]
+    assert {"Fold1/train/part-1.txt", "Fold2/train/part-1.txt", "Fold2/vali.txt"} < set(names) and len(names) == 8
+    mslr.write_data(plan, options)
+    part = (tmp_path / "out/data/Fold2/train.txt").read_text()
+    assert part == "".join(lines[: part.count("\n")]) and len({line.split()[1] for line in part.splitlines()}) == 2
+
+    second = tmp_path / "mslr/Fold2/train/part-1.txt"
+    second.write_text("2 qid:9 1:0.5 46:1\n")
+    assert "part-1.txt has 46 columns" in said(capsys, *words)[2]
+    second.write_bytes(b"\xff" + second.read_bytes())
+    assert "Fold2/train/part-1.txt:1: its byte 1 (0xff) is not UTF-8" in said(capsys, *words)[2]
+    second.rename(second.with_suffix(".txt.gz"))
+    assert "part-1.txt.gz: the compressed file" in said(capsys, *words)[2]
+    (tmp_path / "mslr/Fold1/train.txt").write_text("2 qid:9 1:0.5\n")
+    assert "two files for train" in said(capsys, *words)[2], "and not that it lacks them"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("mslr", "--folds", 1, 2, 1), ("mslr", "--groups", "five", "five"), ("clp-summary", "--scopes", "full", "full"),
+        ("clp-summary", "--groups", "one-reward", "one-reward"), ("clp-summary", "--kl-weights", 1, 2, 1.0),
+    ],
+)  # fmt: skip
+def test_nothing_is_counted_twice(words: tuple, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = data / ("mslr" if words[0] == "mslr" else "xsum.jsonl")
+    complaint = said(capsys, words[0], path, "--out", tmp_path / "out", *words[1:])[2]
+    assert f"{words[1]} names {words[-1]} more than once" in complaint
+
+
+def test_one_reward_twice_is_no_two(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "clp-summary",
+        data / "xsum.jsonl",
+        "--out",
+        tmp_path,
+        "--model",
+        data / "model",
+        "--two",
+        "rouge",
+        "rouge",
+    ]
+    assert "--two names rouge twice" in said(capsys, *words, "--groups", "two-rewards")[2]
+
+
+def test_all_rows_that_are_counted_are_those_that_train(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (data / "safe-rlhf.jsonl").read_text().splitlines(keepends=True)
+    words = ["safe-rlhf", tmp_path, "--out", tmp_path / "out", "--limit", 8]
+    (tmp_path / "train-0.jsonl").write_text("".join(lines[:20]))
+    (tmp_path / "trainings.jsonl").write_text("".join(lines[20:]))  # which is no name of a split to `datasets`
+    assert "has 40 rows in train-0.jsonl, trainings.jsonl, but 20 are read" in said(capsys, *words)[2]
+    (tmp_path / "trainings.jsonl").rename(tmp_path / "train-1.jsonl")
+    (job,) = planned(build_parser().parse_args([*map(str, words)])).jobs
+    assert job.lists == 8
+    (tmp_path / "train-2.parquet").write_bytes(b"junk")
+    assert "has train-0.jsonl and train-2.parquet, files of two formats" in said(capsys, *words)[2]
+    words[1] = tmp_path / "train-2.parquet"
+    assert "train-2.parquet cannot be read as parquet" in said(capsys, *words)[2]
+
+
+def test_labels_are_compared_as_they_are_read(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in (data / "safe-rlhf.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.update(better_response_id="1 ", safer_response_id=1)
+    file = tmp_path / "same.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "there is no trade-off" in said(capsys, "safe-rlhf", file, "--out", tmp_path / "out")[2]
+
+
+def test_line_separators_inside_a_text_end_no_row(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (data / "xsum.jsonl").read_text().splitlines()]
+    rows[0]["summary"] += "\u2028more"
+    rows[1]["document"] = "a\x1cb \x85" + rows[1]["document"]
+    file = tmp_path / "xsum.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["clp-summary", file, "--out", tmp_path / "out", "--model", data / "model", "--two", "rouge", "brevity"]
+    options = build_parser().parse_args([str(word) for word in words])
+    plan = planned(options)
+    clp_summary.write_data(plan, options)
+    asked = clp_summary.prompt_of(rows[0]["document"], 250)
+    assert clp_summary.rewards(("rouge",), options)([rows[0]["summary"]], [asked]).tolist() == [[1.0]]
+    rows[2]["document"] += "\ud83d"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "xsum.jsonl line 3: document holds U+D83D" in said(capsys, *words)[2]
+
+
+def test_what_a_finished_run_may_have_otherwise_is_no_setting_of_its_table(data: Path, tmp_path: Path) -> None:
+    words = ["clp-summary", data / "xsum.jsonl", "--out", tmp_path / "out", "--model", data / "model", "--two", "rouge"]
+    words += ["brevity", "--steps", 4]
+    planned(build_parser().parse_args([*map(str, words)])).begin()
+    (tmp_path / "out/runs").mkdir()
+    plan = planned(build_parser().parse_args([*map(str, words), "--log-every", "2", "--rollout-timeout", "9"]))
+    plan.begin()
+    assert tables.settings_given(plan) == [f"settings that were given: model {data / 'model'}, steps 4"]
