@@ -128,7 +128,8 @@ def find_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
         remedy = f"choose a fold, e.g. {root / folds[0]}" if folds else "name them so, or give the files"
         missing = " and ".join(s for s in ("train", "test") if s not in found)
         raise ValueError(
-            f"{root} has no file for {missing} (train.txt, vali.txt and test.txt in MSLR, or train-00000.txt, ...); {remedy}"
+            f"{root} has no file for {missing} (train.txt, vali.txt and test.txt in MSLR, or train-00000.txt, ...); "
+            f"{remedy}"
         )
     return {split: found[split] for split in SPLITS if split in found}
 
