@@ -22,7 +22,7 @@ from mopl.training import make_accelerator, read_log
 from tests.alignment.test_command import write_data
 from tests.alignment.test_training import write_model
 
-sys.path += [str(DISTRIBUTED), str(DISTRIBUTED.parent / "clp")]
+sys.path.append(str(DISTRIBUTED))
 
 SCRIPT = str(DISTRIBUTED / "sharded_rollouts.py")
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -109,7 +109,7 @@ def test_a_student_learns_from_its_own_answers_and_one_process_resumes_it(tmp_pa
 
 def test_a_copy_of_a_policy_has_the_same_reference():
     """What is sharded is a copy of the policy; another copy of the language model would fill each GPU for nothing."""
-    from test_training import language_model, settings
+    from clp_problems import language_model, settings
 
     base = language_model()
     policy = new_policy(base, settings(scope="full"), ("first", "second"), "clp")
