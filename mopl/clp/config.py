@@ -106,8 +106,8 @@ class ClpConfig(LanguageModelSettings):
     share_rollouts: bool = in_training(
         False,
         "answer each prompt at trade-offs drawn from those of the step, and let each answer count at all of them, by "
-        "importance weights (`balance_weights`): less noise from the same number of answers, for one forward pass over all "
-        "of them at each trade-off. Not with baseline group; no effect on the experts of rewarded-soups",
+        "importance weights (`balance_weights`): less noise from the same number of answers, for one forward pass over "
+        "all of them at each trade-off. Not with baseline group; no effect on the experts of rewarded-soups",
     )
     steps: int = in_training(200, "optimizer steps of each trained model", at_least=1)
     prompts_per_step: int = in_training(8, "prompts per rollout", at_least=1, metavar="N")
@@ -154,8 +154,8 @@ class ClpConfig(LanguageModelSettings):
     )
     engine_kl_limit: float = in_training(
         0.1,
-        "stop if the mean KL per token from rollout_server to the policy exceeds this, since the server then has another "
-        "model; 0 for never",
+        "stop if the mean KL per token from rollout_server to the policy exceeds this, since the server then has "
+        "another model; 0 for never",
         at_least=0,
         metavar="NATS",
     )
@@ -227,8 +227,8 @@ class ClpConfig(LanguageModelSettings):
             )
         if self.share_rollouts and self.method == "rewarded-soups":
             raise ValueError(
-                "share_rollouts is about one policy at several trade-offs, but rewarded-soups trains an expert for each "
-                "objective; leave share_rollouts out, or take method='clp' or 'clp-all'"
+                "share_rollouts is about one policy at several trade-offs, but rewarded-soups trains an expert for "
+                "each objective; leave share_rollouts out, or take method='clp' or 'clp-all'"
             )
         if self.standardize and self.baseline != "group":
             raise ValueError("standardize divides by a group's deviation; it needs baseline='group'")
