@@ -52,7 +52,8 @@ OTHER_CLASSES = {
     "ChunkedDistributedHiddenStatesToLogprobs", "PagedAttentionArgs", "InvalidCxxCompiler", "AlphaCoefficients",
     "HuggingFaceTB",
 }  # fmt: skip
-OTHER_NAMES = {"fsdp_state_dict_type", 
+OTHER_NAMES = {
+    "fsdp_state_dict_type",
     "rank_xendcg", "mean_token_accuracy", "num_tokens", "actor_rollout_ref", "train_ppo_ray", "ATEN_CPU_CAPABILITY",
     "prompt_embeds", "merge_adapters", "adapter_names", "even_batches", "vllm_importance_sampling_correction",
 }  # fmt: skip
