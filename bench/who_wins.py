@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from itertools import product
@@ -45,9 +46,15 @@ AXES = ("budget", "spread", "conflict")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="python -m bench.who_wins")
-    parser.add_argument("--out", type=Path, default=Path("who-wins"), metavar="DIR", help="where rows and map lie")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("who-wins"),
+        metavar="DIR",
+        help="where rows and map lie (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
-    parser.add_argument("--cells", default="", metavar="AXIS=VALUE,...", help="only these, such as budget=1,spread=4")
+    parser.add_argument("--cells", default="", metavar="AXIS=VALUE,...", help="only these, such as budget=1,spread=3")
     parser.add_argument("--sizes", default="", metavar="NAME=NUMBER,...", help="sizes of all cells, for a quick look")
     parser.add_argument("--plan", action="store_true", help="say what would be done")
     parser.add_argument("--report", action="store_true", help="only write the map of what is there")
@@ -64,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the models are too small for more
+    if given.seeds < 1:
+        raise ValueError(f"--seeds is {given.seeds} but must be at least 1")
     sizes = sizes_of(given.sizes)
     cells = chosen(given.cells)
     rows = read_rows(given.out / "rows.jsonl", sizes)
@@ -73,6 +82,11 @@ def _run(given: argparse.Namespace) -> int:
     rate_jobs = [
         (Cell(budget, *RATE_CELL, RATE_SEED), method, rate) for budget, method, rate in product(budgets, METHODS, RATES)
     ]
+    if (least := round(budgets[0] * sizes.steps)) < max(sizes.points, sizes.objectives):
+        raise ValueError(
+            f"--sizes has steps={sizes.steps}, which is {least} at budget {budgets[0]:g}, but dpo-ls trains "
+            f"{sizes.points} models; raise steps to {math.ceil(sizes.points / budgets[0])} or more"
+        )
     jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in METHODS]
     done = {key_of(row) for row in rows}
     missing = [job for job in [*rate_jobs, *jobs] if key(*job) not in done]

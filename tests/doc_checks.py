@@ -10,7 +10,7 @@ from mopl.cli import build_parser
 # Programs that the pages name and this project does not know further; of modules of Python those after -m.
 PROGRAMS = {
     "vllm", "llama-server", "text-generation-launcher", "mkdocs", "ruff", "pyright", "twine", "git", "xargs", "export",
-    ".", "cd",
+    ".", "cd", "torchrun",
 }  # fmt: skip
 MODULES = {"venv", "build", "sglang.launch_server"}
 # What the pages ask of servers: mopl serve and vLLM on port 8000, LoRAX, llama.cpp, SGLang, TGI.

@@ -107,8 +107,8 @@ class ClpConfig(LanguageModelSettings):
     share_rollouts: bool = in_training(
         False,
         "answer each prompt at trade-offs drawn from those of the step, and let each answer count at all of them, by "
-        "importance weights (`balance_weights`): less noise from as many answers, and a run of the model for each "
-        "trade-off over all of them",
+        "importance weights (`balance_weights`): less noise from the same number of answers, for one forward pass over "
+        "all of them at each trade-off. Not with baseline group; no effect on the experts of rewarded-soups",
     )
     steps: int = in_training(200, "optimizer steps of each trained model", at_least=1)
     prompts_per_step: int = in_training(8, "prompts per rollout", at_least=1, metavar="N")
@@ -142,7 +142,7 @@ class ClpConfig(LanguageModelSettings):
         metavar="FOLDER",
     )
     rollout_timeout: float = in_training(
-        600.0, "how long a request to rollout_server may take, with the times that it is tried", positive=True,
+        600.0, "longest time for a request to rollout_server, retries included", positive=True,
         metavar="SECONDS",
     )  # fmt: skip
     importance_level: Literal["sequence", "token"] = in_training(
@@ -155,8 +155,8 @@ class ClpConfig(LanguageModelSettings):
     )
     engine_kl_limit: float = in_training(
         0.1,
-        "stop if the KL of a token from rollout_server to the policy exceeds this: the server has another model; 0 for "
-        "never",
+        "stop if the mean KL per token from rollout_server to the policy exceeds this, since the server then has "
+        "another model; 0 for never",
         at_least=0,
         metavar="NATS",
     )
@@ -226,6 +226,11 @@ class ClpConfig(LanguageModelSettings):
             raise ValueError(
                 "share_rollouts weighs whole answers; take importance_level='sequence' for those of rollout_server"
             )
+        if self.share_rollouts and self.method == "rewarded-soups":
+            raise ValueError(
+                "share_rollouts is about one policy at several trade-offs, but rewarded-soups trains an expert for "
+                "each objective; leave share_rollouts out, or take method='clp' or 'clp-all'"
+            )
         if self.standardize and self.baseline != "group":
             raise ValueError("standardize divides by a group's deviation; it needs baseline='group'")
         if self.normalize_decay != 1 and self.normalize != "running":
@@ -245,6 +250,13 @@ class ClpConfig(LanguageModelSettings):
                 f"rollout_{given} is {shown} but there is no rollout_{missing}; the policy "
                 "is written into rollout_folder for rollout_server, so pass both or neither"
             )
+        defaults = type(self).__dataclass_fields__
+        for name in ("importance_level", "importance_cap", "engine_kl_limit", "rollout_timeout"):
+            if self.rollout_server is None and (value := getattr(self, name)) != defaults[name].default:
+                raise ValueError(
+                    f"{name} is {value} but it is about answers of a rollout_server, and there is none; pass "
+                    f"rollout_server and rollout_folder, or leave {name} out"
+                )
         for name in ("checkpoint_every", "steps"):
             if (value := getattr(self, name)) % self.epochs:
                 raise ValueError(

@@ -74,8 +74,7 @@ class RankConfig(CosDpoSettings):
     conditioning: Literal["concat", "heads"] = in_method(
         "concat",
         "how weights enter a conditioned model; concat: appended to the features of every item (section 4.1); heads: "
-        "so, and the network scores an item for each objective and sums the scores with the weights, which needs "
-        "fewer steps",
+        "the same, plus one output of the network for each objective, summed with the weights, which needs fewer steps",
     )
     steps: int | None = setting(
         None, "optimizer steps of each tuned model; the base model has --base-steps", unset="10 epochs, at least 200"
@@ -121,6 +120,11 @@ class RankConfig(CosDpoSettings):
         for name in ("hidden", "base_hidden"):
             if getattr(self, name) % self.heads:
                 raise ValueError(f"{name} is {getattr(self, name)} but heads = {self.heads} must divide it")
+        if self.conditioning != "concat" and not set(CONDITIONED) & set(self.methods):
+            raise ValueError(
+                f"conditioning is {self.conditioning!r} but method {self.method!r} trains no conditioned model; leave "
+                "conditioning out, or take a method that does, such as weight-cos-dpo"
+            )
 
     def temperatures(self, objectives: int) -> tuple[float, ...]:
         """Return `betas`, whose name this was."""

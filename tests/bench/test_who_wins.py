@@ -85,3 +85,15 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path, capsys, arguments, said
 
 def test_sizes_are_those_of_the_docs_unless_they_are_given():
     assert who_wins.sizes_of("") == Sizes() and who_wins.sizes_of("steps=44,warmup=0.2").steps == 44
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        (["--seeds", "0"], "--seeds is 0 but must be at least 1"),
+        (["--sizes", "steps=20"], "5 at budget 0.25, but dpo-ls trains 11 models; raise steps to 44 or more"),
+    ],
+)
+def test_what_would_train_nothing_is_refused_before_training(options, error, tmp_path, capsys):
+    assert who_wins.main(["--out", str(tmp_path / "map"), *options]) == 2
+    assert error in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -220,7 +220,9 @@ def test_a_stale_engine_is_weighed_and_one_of_another_model_stops_the_training(t
     loss.source = Stale(loss.sampler, disturbed(disturbed(disturbed(copy.deepcopy(policy)))))
     with pytest.raises(PolicyCollapsed, match=r"rollout server http://there .*engine_kl_limit = 0\.1.*checkpoint"):
         loss(policy, batch_of(config), 0)
-    loss.config = config = settings(scope="attention", importance_cap=1.2, engine_kl_limit=0.0)
+    loss.config = config = settings(
+        scope="attention", importance_cap=1.2, engine_kl_limit=0.0, rollout_server="http://there", rollout_folder="f"
+    )
     loss.guard.config = config
     gradients = []
     for weighed in (True, False):

@@ -165,8 +165,18 @@ def test_a_training_is_the_same_in_two_pieces(tmp_path, options):
             {"rollout_server": "http://x", "rollout_folder": "y", "importance_level": "token"},
             "importance_level='sequence'",
         ),
+        ({"method": "rewarded-soups"}, "rewarded-soups trains an expert for each objective; leave share_rollouts out"),
     ],
 )
 def test_what_does_not_go_with_shared_rollouts_is_refused(options, wrong):
     with pytest.raises(ValueError, match=wrong):
         shared(**options)
+
+
+def test_options_of_a_rollout_server_without_one_are_refused():
+    assert shared(method="clp-all").share_rollouts
+    for name, value in (
+        ("importance_level", "token"), ("importance_cap", 3.0), ("engine_kl_limit", 0.5), ("rollout_timeout", 5.0)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} is {value} but it is about answers of a rollout_server"):
+            settings(**{name: value})

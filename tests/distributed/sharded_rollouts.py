@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shutil
 
 import torch
-from ending import leave
 from clp_problems import language_model, make_loss, parts, settings
+from ending import leave
 
 from mopl.alignment import AlignConfig, align
 from mopl.alignment.distill import Distilling

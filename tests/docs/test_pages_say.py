@@ -34,14 +34,14 @@ REFERENCE = [page for page in PAGES if page.parent == ROOT / "docs" / "reference
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # by docs/hooks.py
 # Options of other programs of the pages: accelerate, torchrun, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
 OTHERS = {
+    "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port", "--config_file", "--nnodes",
+    "--nproc_per_node", "--rdzv", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone", "--run-path",
+    "--run_path", "--api-key", "--gpu-memory-utilization",
     "--num_processes", "--use_fsdp", "--fsdp_version", "--module", "--multi_gpu", "--index-url", "--enable-lora",
     "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-modules", "--enable-prompt-embeds", "--model-path",
     "--max-loras-per-batch", "--lora-target-modules", "--lora-paths", "--model-id", "--lora", "--lora-scaled",
     "--jinja", "--no-jinja", "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--strict",
-    "--shell", "--no-X", "--logprobs-mode", "--machine_rank", "--num_machines", "--main_process_ip",
-    "--main_process_port",
-    "--config_file", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv",
-    "--standalone", "--run-path", "--run_path",
+    "--shell", "--no-X", "--logprobs-mode",
 }  # fmt: skip
 
 # Classes and names of others: sentence-transformers, Liger, NeMo-RL, LoRAX, Lightning, torch's compiler, LightGBM,
@@ -53,6 +53,7 @@ OTHER_CLASSES = {
     "HuggingFaceTB",
 }  # fmt: skip
 OTHER_NAMES = {
+    "fsdp_state_dict_type",
     "rank_xendcg", "mean_token_accuracy", "num_tokens", "actor_rollout_ref", "train_ppo_ray", "ATEN_CPU_CAPABILITY",
     "prompt_embeds", "merge_adapters", "adapter_names", "even_batches", "vllm_importance_sampling_correction",
 }  # fmt: skip
