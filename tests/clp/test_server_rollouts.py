@@ -180,7 +180,8 @@ def test_training_learns_what_it_learns_from_its_own_samples(mopl_server, accele
         "kl_weight": 0.01, **options,
     }  # fmt: skip
     base = language_model()
-    own = trained(base, settings(**options), tmp_path / "own")
+    alone = {name: value for name, value in options.items() if name != "importance_level"}  # which is about servers
+    own = trained(base, settings(**alone), tmp_path / "own")
     config, _, answers = asking(mopl_server.url, mopl_server.api.policies.folder, accelerator, base, **options)
     found = trained(base, config, tmp_path / "served", answers.of("learning"))
     assert not {"importance", "truncated", "engine_kl"} & own[0].keys()
