@@ -250,7 +250,7 @@ CASES = {
 }  # fmt: skip
 
 # Not functions of tensors with a derivative: orders, records, a module of functions that are in the case "scalarize".
-WITHOUT = {"presort", "PolicyGradient"}
+WITHOUT = {"presort", "PolicyGradient", "ImportanceWeights", "importance_weights", "balance_weights"}
 
 # Scores (B, K) of lists.
 EXTREMES = {

@@ -435,6 +435,6 @@ def test_what_a_finished_run_may_have_otherwise_is_no_setting_of_its_table(data:
     words += ["brevity", "--steps", 4]
     planned(build_parser().parse_args([*map(str, words)])).begin()
     (tmp_path / "out/runs").mkdir()
-    plan = planned(build_parser().parse_args([*map(str, words), "--log-every", "2", "--rollout-timeout", "9"]))
+    plan = planned(build_parser().parse_args([*map(str, words), "--log-every", "2", "--log-samples", "1"]))
     plan.begin()
     assert tables.settings_given(plan) == [f"settings that were given: model {data / 'model'}, steps 4"]

@@ -34,7 +34,7 @@ def second(texts, prompts):
     return [sum("w2" <= word < "w4" for word in text.split()) / 4 for text in texts]
 """
 BUDGET = (
-    "align --model model --data prompts.jsonl --rewards tiny_rewards:first tiny_rewards:second --device cpu --steps 3 "
+    "align --model model --data prompts.jsonl --rewards two_rewards:first two_rewards:second --device cpu --steps 3 "
     "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --points 3 --normalize-prompts 4 --bootstrap 0 "
     "--held-out 0.2 --eval-prompts 3 --kl-weight 0.05 --learning-rate 0.01 --samples 2 --log-every 1 --scope full "
     "--method rewarded-soups"
@@ -65,7 +65,7 @@ def test_the_command_makes_the_run_of_one_process(tmp_path, monkeypatch):
     """Experts of whole models, and a soup of them."""
     write_model(tmp_path)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(20)))
-    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
+    (tmp_path / "two_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     path = os.pathsep.join([str(tmp_path), *sys.path])

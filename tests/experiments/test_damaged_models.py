@@ -302,10 +302,11 @@ def test_a_damaged_cache_is_made_again_with_a_note(tmp_path):
     source.write_text("1 qid:1 1:2\n")
     cache = ArrayCache(source, tmp_path / "cache")
     cache.save({"x": np.arange(100)})
-    (file,) = (tmp_path / "cache").iterdir()
-    good = file.read_bytes()
+    (folder,) = (tmp_path / "cache").iterdir()
     generator = np.random.default_rng(0)
     for trial in range(60):
+        file = folder / ("x.npy", "stamp.json")[trial % 2]
+        good = file.read_bytes()
         bad = bytearray(good)
         for place in generator.integers(0, len(bad), 4):
             bad[place] ^= 1 << int(generator.integers(8))
@@ -316,7 +317,8 @@ def test_a_damaged_cache_is_made_again_with_a_note(tmp_path):
         if found is not None and not np.array_equal(found["x"], np.arange(100)):
             pytest.fail("damaged numbers were taken")
         assert found is not None or not said or "the data is parsed again" in str(said[0].message)
-    fifo(file)
+        file.write_bytes(good)
+    fifo(folder / "x.npy")
     with pytest.warns(UserWarning, match="pipe or a device.*parsed again"):
         assert cache.load(["x"]) is None
 
