@@ -16,9 +16,9 @@ from torch import Tensor
 from mopl._arguments import compute_dtype, shape_of, wide_dtype
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._divergence_blocks import Head, Need, Sums, backward, forward
-from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, per_row
+from mopl.ops._logprob import check_operands, check_scalar, per_row
 from mopl.ops.linear_logprob.rows import Places
-from mopl.ops.linear_logprob.shard import VocabularyShard, check_shard, local_part
+from mopl.ops.linear_logprob.shard import VocabularyShard, local_part, refuse_split, shard_or_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,10 +58,12 @@ def divergence(
     if other.hidden.device != hidden.device:
         raise ValueError(f"{called}_hidden is on {other.hidden.device} but hidden is on {hidden.device}")
     check_rows_mask(mask, lead)
-    shard = None
-    if group is not None:
-        shard, weight, bias = check_shard(hidden, policy.weight, policy.bias, group)
-        policy = policy._replace(weight=weight, bias=bias)
+    shard, weight, bias = shard_or_whole(hidden, policy.weight, policy.bias, group)
+    policy = policy._replace(weight=weight, bias=bias)
+    if group is None:
+        refuse_split(other.weight, f"{called}_weight")
+        refuse_split(other.bias, f"{called}_bias")
+    else:
         parts = [
             local_part(part, f"{called}_{word}", group)
             for part, word in ((other.weight, "weight"), (other.bias, "bias"))
@@ -71,11 +73,6 @@ def divergence(
             raise ValueError(
                 f"here are {len(weight)} rows of weight and {len(other.weight)} of the {called}'s; shard both alike"
             )
-    elif is_dtensor(policy.weight) or is_dtensor(other.weight):
-        raise TypeError(
-            "weight is a DTensor but the vocabulary must be whole here; pass weight.full_tensor(), or, if every rank "
-            "has the same rows of hidden, group=weight.device_mesh.get_group()"
-        )
     dtype = compute_dtype(hidden, policy.weight, other.hidden, other.weight)
     divisor = temperatures(policy.temperature, "temperature", hidden, mask, dtype)
     other_divisor = temperatures(other.temperature, f"{called}_temperature", hidden, mask, dtype)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype, wide_dtype
 from mopl.ops._divergence_blocks import COLUMNS, ROWS, Head
-from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, merge_targets, per_row
+from mopl.ops._logprob import check_operands, check_scalar, merge_targets, per_row
 from mopl.ops._rows import slices
-from mopl.ops.linear_logprob.shard import VocabularyShard, check_shard
+from mopl.ops.linear_logprob.shard import VocabularyShard, shard_or_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,15 +77,8 @@ def head_statistics(
     if unknown := sorted(set(names) - set(NAMES)):
         raise ValueError(f"names has {', '.join(map(repr, unknown))} but only {', '.join(NAMES)} are known")
     check_operands(hidden, weight, bias)
-    shard, vocabulary = None, weight.shape[0]
-    if group is not None:
-        shard, weight, bias = check_shard(hidden, weight, bias, group)
-        vocabulary = shard.vocabulary
-    elif is_dtensor(weight):
-        raise TypeError(
-            "weight is a DTensor but the vocabulary must be whole here; pass weight.full_tensor(), or, if every rank "
-            "has the same rows of hidden, group=weight.device_mesh.get_group()"
-        )
+    shard, weight, bias = shard_or_whole(hidden, weight, bias, group)
+    vocabulary = len(weight) if shard is None else shard.vocabulary
     lead = hidden.shape[:-1]
     for value, name in ((target, "target"), (log_probs, "log_probs"), (logsumexp, "logsumexp")):
         if value.shape != lead:

@@ -38,9 +38,9 @@ from mopl.ops._divergence import (
     temperatures,
 )
 from mopl.ops._divergence_blocks import Head, Need
-from mopl.ops._logprob import SKIP, as_index, check_operands, check_scalar, is_dtensor
+from mopl.ops._logprob import SKIP, as_index, check_operands, check_scalar
 from mopl.ops.linear_logprob.rows import Places
-from mopl.ops.linear_logprob.shard import VocabularyShard, check_shard
+from mopl.ops.linear_logprob.shard import VocabularyShard, shard_or_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,15 +116,8 @@ def linear_topk_jsd(
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move {name} there")
     check_rows_mask(mask, lead)
-    shard, vocabulary = None, len(weight)
-    if group is not None:
-        shard, weight, bias = check_shard(hidden, weight, bias, group)
-        vocabulary = shard.vocabulary
-    elif is_dtensor(weight):
-        raise TypeError(
-            "weight is a DTensor but the vocabulary must be whole here; pass weight.full_tensor(), or, if every rank "
-            "has the same rows of hidden, group=weight.device_mesh.get_group()"
-        )
+    shard, weight, bias = shard_or_whole(hidden, weight, bias, group)
+    vocabulary = len(weight) if shard is None else shard.vocabulary
     # A negative id that is not ignore_index is a mistake: it becomes one past the vocabulary.
     column = torch.where(ids == ignore_index, SKIP, torch.where(ids < 0, vocabulary, ids))
     counts = (column != SKIP).any(-1)

@@ -155,20 +155,23 @@ def errors() -> None:
     mesh, hidden, target = init_device_mesh("cpu", (2,)), torch.randn(3, WIDTH), torch.zeros(3, dtype=torch.long)
     weight = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(0)])
     wide = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(1)])
+    few = distribute_tensor(torch.randn(1, WIDTH), mesh, [Shard(0)])  # the last rank has none
     for arguments, options, part in (
         ((hidden, weight, target), {}, "group=weight.device_mesh.get_group()"),
         ((hidden, wide, target), {"group": mesh.get_group()}, "Shard(dim=1)"),
+        ((hidden, few, target), {"group": mesh.get_group()}, "1 row over 2 ranks, of which the last has none"),
         ((hidden, torch.randn(20, WIDTH), target + 40), {"group": mesh.get_group()}, "vocabulary size 40"),
     ):
         try:
             linear_logprob(*arguments, **options)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             assert part in str(error), error
         else:
             raise AssertionError(f"nothing was raised for {part}")
     for call, part in (
         (lambda: linear_jsd(hidden, weight, hidden), "group=weight.device_mesh.get_group()"),
-        (lambda: linear_topk_jsd(hidden, weight, target[:, None], hidden[:, :1]), "weight.full_tensor()"),
+        (lambda: linear_topk_jsd(hidden, weight, target[:, None], hidden[:, :1]), "weight.full_tensor("),
+        (lambda: linear_jsd(hidden, torch.randn(VOCABULARY, WIDTH), hidden, weight), "teacher_weight is a DTensor"),
         (lambda: linear_jsd(hidden, weight, hidden, wide, group=mesh.get_group()), "teacher_weight is a DTensor"),
         (lambda: linear_topk_jsd(hidden, weight, target[:, None] + VOCABULARY, hidden[:, :1] - 9,
                                  group=mesh.get_group()), f"vocabulary size {VOCABULARY}"),

@@ -69,7 +69,6 @@ from mopl.ops._logprob import (
     check_operands,
     check_row,
     check_scalar,
-    is_dtensor,
     merge_targets,
     per_row,
     rows_that_count,
@@ -77,7 +76,7 @@ from mopl.ops._logprob import (
 from mopl.ops.linear_logprob.keeping import kept_rows
 from mopl.ops.linear_logprob.operators import REFUSAL, differentiable
 from mopl.ops.linear_logprob.records import Head, Inputs, Want
-from mopl.ops.linear_logprob.shard import check_shard
+from mopl.ops.linear_logprob.shard import shard_or_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -156,16 +155,15 @@ def linear_logprob(
         anything beyond is an error.
 
     Raises:
-        TypeError: wrong dtypes; a workspace or max_rows that is no whole number.
+        TypeError: wrong dtypes; a workspace or max_rows that is no whole number; a sharded (DTensor) head without
+            `group`.
         ValueError: shapes or devices that do not fit, targets outside the vocabulary.
     """
     check_operands(hidden, weight, bias)
     warm = temperature if isinstance(temperature, Tensor) else None
     derivatives.refuse_transforms(REFUSAL, hidden, weight, bias, warm)
-    shard, vocabulary = None, weight.shape[0]
-    if group is not None or is_dtensor(weight):
-        shard, weight, bias = check_shard(hidden, weight, bias, group)
-        vocabulary = shard.vocabulary
+    shard, weight, bias = shard_or_whole(hidden, weight, bias, group)
+    vocabulary = len(weight) if shard is None else shard.vocabulary
     lead, rows = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     merged = merge_targets(target, mask, ignore_index, vocabulary)
     row = check_row(row, target, hidden)

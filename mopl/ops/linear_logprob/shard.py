@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mopl._arguments import shape_of
+from mopl._counted import counted
 from mopl.ops._logprob import is_dtensor
 
 
@@ -51,16 +52,19 @@ class VocabularyShard:
         return torch.where((own >= 0) & (own < self.size), own, -1)
 
 
-def check_shard(
+def shard_or_whole(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[VocabularyShard, Tensor, Tensor | None]:
-    """Return the shard and this rank's plain tensors of weight and bias; raise if they are no vocabulary shards."""
+) -> tuple[VocabularyShard | None, Tensor, Tensor | None]:
+    """Return the shard and this rank's plain tensors of weight and bias; None and both as they are without `group`.
+
+    Raises:
+        TypeError: If they are DTensors and `group` is None.
+        ValueError: If they are no vocabulary shards over `group`.
+    """
     if group is None:
-        raise ValueError(
-            "weight is a DTensor and group is None. If every rank has the same hidden rows (tensor parallelism), pass "
-            "group=weight.device_mesh.get_group(). If ranks have different rows (FSDP2), pass the gathered head: "
-            'weight.full_tensor(grad_placements=[Partial("avg")])'
-        )
+        refuse_split(weight, "weight")
+        refuse_split(bias, "bias")
+        return None, weight, bias
     local = [local_part(value, name, group) for value, name in ((weight, "weight"), (bias, "bias"))]
     weight, bias = local[0], local[1]  # type: ignore[assignment]
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -68,6 +72,17 @@ def check_shard(
             f"this rank's bias has shape {shape_of(bias)} and its weight {shape_of(weight)}; shard both alike"
         )
     return VocabularyShard(weight.shape[0], group, hidden.device), weight, bias
+
+
+def refuse_split(value: Tensor | None, name: str) -> None:
+    """Raise TypeError if a weight or bias is a DTensor; None is none."""
+    if value is None or not is_dtensor(value):
+        return
+    raise TypeError(
+        f"{name} is a DTensor and group is None. If every rank has the same hidden rows (tensor parallelism), pass "
+        f"group={name}.device_mesh.get_group(). If ranks have different rows (FSDP2), pass the gathered head: "
+        f'{name}.full_tensor(grad_placements=[Partial("avg")])'
+    )
 
 
 def local_part(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Tensor | None:
@@ -84,4 +99,9 @@ def local_part(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Ten
         )
     if dist.get_process_group_ranks(value.device_mesh.get_group()) != dist.get_process_group_ranks(group):
         raise ValueError(f"group is not the group over which {name} is sharded; pass {name}.device_mesh.get_group()")
+    ranks = value.device_mesh.size()
+    if Shard.local_shard_size_and_offset(len(value), ranks, ranks - 1)[0] == 0:  # on every rank alike: none must wait
+        raise ValueError(
+            f"{name} has {counted(len(value), 'row')} over {ranks} ranks, of which the last has none; take fewer ranks"
+        )
     return value.to_local()
