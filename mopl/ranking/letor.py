@@ -6,6 +6,7 @@ name are those of COS-DPO, and then all five auxiliary columns, used or not, lea
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(
 )
 _COMPRESSED = (".gz", ".bz2")
 _NUMBER = re.compile(r"[-_.](?:part[-_.]?)?([0-9]+)(?:-of-([0-9]+))?$", re.ASCII)  # of one of several files
+_LEAST_DATE = 10**5  # numbers from here on may be dates, between which days are missing
 _ENDINGS = (".txt", ".svm", ".svmlight", ".libsvm", ".letor", ".dat")
 
 
@@ -154,26 +156,31 @@ def _in_order(path: Path) -> list[Any]:
 
 
 def _check_numbers(root: Path, split: str, files: Sequence[Path]) -> None:
-    """Raise unless numbered files are those of one data set, each once, and all where their names say how many."""
-    found: dict[tuple[str, ...], Path] = {}
-    totals: dict[str, str] = {}
+    """Raise unless numbered files are those of one set, each once, and none is missing as far as names tell."""
+    sets: dict[tuple[str, ...], str] = {}  # folder, what stands before the number, how many there are
+    numbers: dict[int, str] = {}
     for file in files:
         match = _NUMBER.search(stem := _stem(file.name))
-        key = (stem,) if match is None else (str(file.parent), stem[: match.start()], str(int(match[1])))
-        other = found.setdefault(key, file)
-        if other is not file:
-            raise ValueError(f"{root} has one part of {split} twice, {other.name} and {file.name}; remove one of them")
-        if match is not None:
-            totals[match[2] or ""] = file.name
-    if len(totals) > 1:
-        raise ValueError(
-            f"{root} has files of several sets for {split}, {' and '.join(sorted(totals.values()))}; keep one set"
-        )
-    total = next(iter(totals), "")
+        if match is None:
+            return  # one file that is all of it
+        sets.setdefault((str(file.parent), stem[: match.start()], match[2] or ""), str(file.relative_to(root)))
+        name = numbers.setdefault(int(match[1]), file.name)
+        if len(sets) == 1 and name != file.name:
+            raise ValueError(f"{root} has one part of {split} twice, {name} and {file.name}; remove one of them")
+    if len(sets) > 1:
+        raise ValueError(f"{root} has files of several sets for {split}, {' and '.join(sets.values())}; keep one set")
+    (_, _, total), first = next(iter(sets.items()))
     if total and len(files) != int(total):
         raise ValueError(
-            f"{root} has {counted(len(files), 'file')} for {split}, but the name of {totals[total]} says that there "
+            f"{root} has {counted(len(files), 'file')} for {split}, but the name of {first} says that there "
             f"are {int(total)}; add the missing ones"
+        )
+    known = sorted(numbers)
+    gap = next((a for a, b in itertools.pairwise(known) if b != a + 1), None)
+    if gap is not None and known[-1] < _LEAST_DATE:
+        raise ValueError(
+            f"{root} has {counted(len(files), 'file')} for {split}, numbered from {known[0]} to {known[-1]}, but no "
+            f"number {gap + 1}; add it, or number them without a gap"
         )
 
 

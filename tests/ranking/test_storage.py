@@ -84,7 +84,7 @@ def sharded(folder: Path, split: str, names: list[str]) -> None:
 
 
 def test_a_split_of_many_files_is_their_rows_in_the_order_of_their_numbers(tmp_path):
-    sharded(tmp_path, "train", [f"train-{n}.txt" for n in (0, 1, 2, 10)])
+    sharded(tmp_path, "train", [f"train-{n}.txt" for n in (8, 9, 10, 11)])
     sharded(tmp_path, "validation", ["valid-00000-of-00002.txt.gz", "valid-00001-of-00002.txt.gz"])
     (tmp_path / "test").mkdir()
     sharded(tmp_path / "test", "test", ["part-00000", "part-00001"])
@@ -94,7 +94,7 @@ def test_a_split_of_many_files_is_their_rows_in_the_order_of_their_numbers(tmp_p
     (tmp_path / "vali" / "notes.txt").write_text("read me")
     (tmp_path / "10²").write_text("a name with a digit that is none")
     found = find_files(tmp_path)
-    assert [file.name for file in found["train"]] == ["train-0.txt", "train-1.txt", "train-2.txt", "train-10.txt"]
+    assert [file.name for file in found["train"]] == ["train-8.txt", "train-9.txt", "train-10.txt", "train-11.txt"]
     parts = load_letor(tmp_path, objectives="a=1")
     for part, files in zip(parts, found.values(), strict=True):
         each = [load_letor([file, file, file], objectives="a=1")[0] for file in files]
@@ -103,7 +103,13 @@ def test_a_split_of_many_files_is_their_rows_in_the_order_of_their_numbers(tmp_p
         assert torch.equal(part.raw_auxiliary, torch.cat([one.raw_auxiliary for one in each]))
         assert torch.equal(part.lengths, torch.cat([one.lengths for one in each]))
         assert torch.equal(part.features, torch.cat([one.features for one in each]))
-    assert parts[0].name == f"{tmp_path.name}/train-0.txt to train-10.txt" and len(parts[0]) == 16
+    assert parts[0].name == f"{tmp_path.name}/train-8.txt to train-11.txt" and len(parts[0]) == 16
+
+
+def test_days_may_be_missing_between_files_that_are_numbered_by_dates(tmp_path):
+    sharded(tmp_path, "train", ["train-20261130.txt", "train-20261201.txt"])
+    sharded(tmp_path, "test", ["test.txt"])
+    assert len(find_files(tmp_path)["train"]) == 2
 
 
 def test_faults_of_many_files_name_the_file(tmp_path):
@@ -142,6 +148,9 @@ def test_faults_of_many_files_name_the_file(tmp_path):
             r"has 2 files for train, but the name of train-.-of-3.txt .* 3",
         ),
         (["train-0-of-2.txt", "train-1.txt"], "has files of several sets for train"),
+        (["a.train-0.txt", "b.train-1.txt"], r"several sets for train, a\.train-0\.txt and b\.train-1\.txt; keep one"),
+        (["train/part-0.txt", "train-1.txt"], r"several sets for train, train/part-0\.txt and train-1\.txt"),
+        (["train-1.txt", "train-2.txt", "train-4.txt"], r"3 files for train, numbered from 1 to 4, but no number 3;"),
         (["train/part-0.txt", "train/part-1.txt", "train/scores.dat"], r"has scores\.dat among the numbered files"),
         (["train1.txt"], r"has no file for train .*train-00000\.txt"),
     ],
