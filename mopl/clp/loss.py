@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl.clp.config import ClpConfig, without_password
+from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.clp.rollout import AnswerSource, Rollout, RolloutStore, Sampler, roll
@@ -100,8 +100,7 @@ class Guard:
         """
         limit = self.config.engine_kl_limit
         if limit and not float(found.kl) <= limit:
-            server = without_password(self.config.rollout_server or "")
-            self._stop(step, f"the KL of a token from the rollout server {server} to the policy is "
+            self._stop(step, f"the KL of a token from the rollout server {self.config.rollout_server} to the policy is "
                        f"{float(found.kl):.4g} nats, above engine_kl_limit = {limit:g}: the server has another model",
                        "let it serve the model and the data type of the run, or raise the limit")  # fmt: skip
 
