@@ -1,4 +1,4 @@
-"""Settings that do not fit a server show before the training, a rollout that ends leaves nothing behind, and at once."""
+"""Settings that do not fit a server show before the training; a rollout ends at once, and leaves nothing behind."""
 
 import asyncio
 import contextlib
