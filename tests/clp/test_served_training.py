@@ -101,7 +101,7 @@ def test_a_run_is_resumed_with_a_server_if_it_began_with_one_and_needs_none_once
         if url is not None:
             given = {"rollout_server": url, "rollout_folder": str(tmp_path / "policies"), "rollout_timeout": 20.0}
             options = {**given, **options}
-        made = settings(scope="lora-mixture", steps=1, method="clp-all", **options)
+        made = settings(scope="lora-mixture", steps=1, method="rewarded-soups", eval_prompts=2, **options)
         return dataclasses.replace(made, model=str(tmp_path / "model"), data=str(tmp_path / "prompts.txt"))
 
     def go(url: str | None, name: str, *, resume: bool = False, **options) -> None:
@@ -116,12 +116,12 @@ def test_a_run_is_resumed_with_a_server_if_it_began_with_one_and_needs_none_once
             go(None, "served", resume=True)
         with pytest.raises(ValueError, match=r"alone was started without a rollout server, .*; leave rollout_server"):
             go(server.url, "alone", resume=True)
-        (tmp_path / "served" / "prompting" / "front.json").unlink()  # trained, and to be evaluated again
+        (tmp_path / "served" / "front.json").unlink()  # trained, and to be evaluated again
         went = server.url
     go(went, "served", resume=True)
     go("http://127.0.0.1:9", "served", resume=True)
-    for name in ("front.json", "model/training.json"):
-        (tmp_path / "served" / "prompting" / name).unlink()
+    for name in ("front.json", "models/expert-second/training.json"):
+        (tmp_path / "served" / name).unlink()
     with pytest.raises(RolloutServerError, match=r"127\.0\.0\.1:9: it cannot be reached.*nothing was changed by that"):
         go("http://127.0.0.1:9", "served", resume=True, rollout_timeout=0.3)
 
