@@ -348,7 +348,9 @@ def _remedy(status: int, path: str, said: str) -> str:
             "start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, a --max-lora-rank of all adapters "
             "together, and a rollout_folder that it sees under the same path"
         )
-    if path == "/v1/load_policy":
+    if path == "/v1/load_policy" and status in (400, 413):
+        return "let it serve the model of this run, and see what it says"
+    if path == "/v1/load_policy" and status < 500:
         return "start `mopl serve MODEL --policies FOLDER` with the rollout_folder of this run"
     if status in (404, 409):
         return "another training uses the server, or it was started again: give each training a server of its own"

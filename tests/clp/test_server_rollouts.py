@@ -350,13 +350,13 @@ def test_a_policy_is_loaded_from_inside_of_the_folder_alone_and_a_name_that_is_g
     assert load("p", "../elsewhere").status_code == 403 and load("p", str(tmp_path)).status_code == 403
     assert load("p", "nothing").status_code == 404 and "one folder" in load("p", "nothing").text
     assert load("a@b", "nothing").status_code == 400
-    broken = mopl_server.api.policies.folder / "broken"
+    broken, before = mopl_server.api.policies.folder / "broken", mopl_server.engine.served
     broken.mkdir()
     (broken / "mopl.json").write_text("{")
-    assert load("p", "broken").status_code == 400 and mopl_server.engine.alive
-    body = {"model": "base", "prompt": [1, 7], "max_tokens": 2, "return_token_ids": True, "logprobs": 0}
+    assert load("p", "broken").status_code == 400 and mopl_server.engine.served is before
+    body = {"model": before.name, "prompt": [1, 7], "max_tokens": 2, "return_token_ids": True, "logprobs": 0}
     found = mopl_server.http.post("/v1/completions", json=body)
-    assert found.status_code == 200, "after a failure the base model answers"
+    assert found.status_code == 200, "after a failure what was there before answers"
     choice = found.json()["choices"][0]
     assert len(choice["token_ids"]) == len(choice["logprobs"]["token_logprobs"]) and choice["prompt_token_ids"] == [
         1,
