@@ -1,6 +1,6 @@
 """Policies that a trainer writes into a folder and asks the server to load: `mopl serve MODEL --policies FOLDER`.
 
-One policy is served at a time, around a base model that stays. Only folders inside of FOLDER are read, by no link, which
+One policy is served at a time, around a base model that stays. Only folders inside of FOLDER are read, by no link. They
 hold JSON and safetensors and no code, but whoever may ask the server may then choose what it answers with: hence the
 option. A policy that cannot be loaded, for whatever reason, changes nothing: the one before it is served on.
 """
@@ -156,9 +156,7 @@ def _check_files(folder: Path) -> None:
                 what = "a link" if stat.S_ISLNK(mode) else "no file"
                 raise ValueError(f"{path.relative_to(folder)} is {what}; a policy lies in files of its own")
             if stat.S_ISREG(mode) and not name.startswith(".") and path.suffix not in _READ:
-                raise ValueError(
-                    f"{path.relative_to(folder)} is neither JSON nor safetensors, and nothing else is read"
-                )
+                raise ValueError(f"{path.relative_to(folder)} is neither JSON nor safetensors; nothing else is read")
     if (kind := read_kind(folder)) not in _KINDS:
         raise ValueError(f"its {CONFIG_FILE} says it is a {kind!s:.80}; a policy is one of {', '.join(_KINDS)}")
 
