@@ -86,9 +86,15 @@ class ServerAnswers:
             return self.server.kind, self.server.model
 
         during, self.server.after = self.server.after, "nothing was changed by that"
+        new = not self.folder.exists()
         try:
             with generators_kept():
                 self.server.kind, self.server.model = on_main(self.accelerator, ask)
+        except BaseException:
+            with suppress(OSError):  # another process has taken it away, or something is in it
+                if new:
+                    self.folder.rmdir()
+            raise
         finally:
             self.server.after = during
 
