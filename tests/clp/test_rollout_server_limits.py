@@ -81,12 +81,30 @@ def test_an_answer_that_drips_ends_when_time_is_up(raw, said):
         (answer(b"\xff", "content-type: text/plain; charset=base64", status=b"HTTP/1.1 400 no\r\n"), "400: "),
         (answer(b"", "retry-after: \xb2", status=b"HTTP/1.1 503 no\r\n"), "503"),
         (b"nonsense\r\n\r\n", "it cannot be reached"),
+        (answer(b"<html>Sign in</html>", "content-type: text/html"), "gives no JSON"),
+        (answer(b"", "location: http://elsewhere/", status=b"HTTP/1.1 307 go\r\n"), "307: ; it sends to another"),
     ],
 )
 def test_odd_answers_are_errors_of_the_server(raw, said, message):
     raw.said = said
     with pytest.raises(RolloutServerError, match=rf"{raw.url}: .*{message}.*can be resumed"):
         OpenAIServer(raw.url, 0.6).connect()
+
+
+def test_an_answer_in_chunks_without_an_end_is_read_up_to_a_size(raw, monkeypatch):
+    monkeypatch.setattr(rollout_server, "_MOST_BYTES", 10_000)
+    raw.said = OK + b"transfer-encoding: chunked\r\n\r\n" + b"3e8\r\n" + b" " * 1000 + b"\r\n"
+    raw.said += (b"3e8\r\n" + b" " * 1000 + b"\r\n") * 20
+    with pytest.raises(RolloutServerError, match="has more than 10,000 bytes"):
+        OpenAIServer(raw.url, 5.0).connect()
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"1.5", b"-1e999", b'"x"'])
+def test_log_probabilities_that_are_none_are_refused(raw, value):
+    logs = b'{"tokens": ["a"], "token_logprobs": [' + value + b"]}"
+    raw.said = answer(b'{"choices": [{"index": 0, "token_ids": [2], "logprobs": ' + logs + b"}]}")
+    with pytest.raises(RolloutServerError, match=r"no JSON|no log-probability|not as OpenAI's"):
+        OpenAIServer(raw.url, 5.0).complete([1, 7], {"model": "base"}, **REPLY)
 
 
 def test_an_answer_is_read_up_to_a_size(raw, monkeypatch):
