@@ -82,6 +82,8 @@ class Imitation:
             ids, values, tops = [], [], []
             while len(ids) < body["max_tokens"] and not (ids and ids[-1] in body.get("stop_token_ids", ())):
                 logits = model(input_ids=torch.tensor([body["prompt"] + ids])).logits[0, -1].double()
+                for token, bias in body.get("logit_bias", {}).items():
+                    logits[int(token)] += bias
                 sampled = (logits / body["temperature"]).log_softmax(-1)
                 token = int(torch.multinomial(sampled.exp(), 1, generator=generator))
                 told = sampled if self.processed else logits.log_softmax(-1)

@@ -19,6 +19,10 @@ class UnreadableAnswer(Exception):
     """An answer is compressed, or too large; the message says which."""
 
 
+class GivenUp(Exception):
+    """The request was cancelled by `BoundedClient.cancel`."""
+
+
 class BoundedClient:
     """Sends requests; safe for several threads.
 
@@ -31,9 +35,23 @@ class BoundedClient:
         headers = {"accept-encoding": "identity", **headers}
         client = httpx.AsyncClient(headers=headers, limits=httpx.Limits(max_connections=64))
         self._client, self._loop = client, asyncio.new_event_loop()
+        self._running: set[futures.Future[Any]] = set()
+        self._cancelled, self._lock = False, threading.Lock()
         # A thread of its own, as the caller's may have a loop that runs, such as a notebook's.
         threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
         weakref.finalize(self, _end, client, self._loop)
+
+    def cancel(self) -> None:
+        """End what is running at once, in all threads, by `GivenUp`; so what is asked from now on, until `renew`."""
+        with self._lock:
+            self._cancelled, running = True, list(self._running)
+        for future in running:
+            future.cancel()
+
+    def renew(self) -> None:
+        """Send requests again after `cancel`."""
+        with self._lock:
+            self._cancelled = False
 
     def request(self, method: str, url: str, body: Any, seconds: float, most: int) -> tuple[httpx.Response, bytes]:
         """Return what answers a request, and what the answer holds.
@@ -48,6 +66,7 @@ class BoundedClient:
         Raises:
             TimeoutError: If it takes longer.
             UnreadableAnswer: If the answer is compressed, or larger.
+            GivenUp: If it was cancelled.
             httpx.RequestError, httpx.InvalidURL: As of httpx.
         """
 
@@ -63,13 +82,21 @@ class BoundedClient:
                         raise UnreadableAnswer(f"has more than {most:,} bytes")
             return answer, bytes(content)
 
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(send(self._client), seconds), self._loop)
+        with self._lock:
+            if self._cancelled:
+                raise GivenUp
+            future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(send(self._client), seconds), self._loop)
+            self._running.add(future)
         try:
             return future.result()
-        except (httpx.TimeoutException, futures.TimeoutError):  # the latter is not Python's own before 3.11
+        except (httpx.TimeoutException, asyncio.TimeoutError, futures.TimeoutError):  # three classes before Python 3.11
             raise TimeoutError("no answer came in time") from None
+        except (asyncio.CancelledError, futures.CancelledError):
+            raise GivenUp from None
         finally:
             future.cancel()  # where waiting for it was interrupted
+            with self._lock:
+                self._running.discard(future)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -1,6 +1,5 @@
 """The settings of `mopl clp` in one dataclass: checked before anything is read, loaded or written."""
 
-import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from mopl._counted import counted
@@ -243,9 +242,14 @@ class ClpConfig(LanguageModelSettings):
             raise ValueError("clip and ratio_level are about several epochs on a rollout; raise epochs, or leave them")
         if self.ratio_level != "token" and self.to_go:
             raise ValueError("to_go gives tokens advantages of their own, which a sequence's ratio cannot weigh")
+        if set("@?#") & set(self.rollout_server or ""):  # not shown: it may be a password
+            raise ValueError(
+                "rollout_server has an @, a ? or a #, so a user, a password or options, which config.json would keep; "
+                "give the address alone, such as http://127.0.0.1:8000, and put a key into MOPL_API_KEY"
+            )
         if (self.rollout_server is None) != (self.rollout_folder is None):
             given, missing = ("server", "folder") if self.rollout_folder is None else ("folder", "server")
-            shown = self.rollout_folder if self.rollout_server is None else without_password(self.rollout_server)
+            shown = self.rollout_folder if self.rollout_server is None else self.rollout_server
             raise ValueError(
                 f"rollout_{given} is {shown} but there is no rollout_{missing}; the policy "
                 "is written into rollout_folder for rollout_server, so pass both or neither"
@@ -318,8 +322,3 @@ class ClpConfig(LanguageModelSettings):
     def kl_weights(self, kind: str) -> tuple[float, ...]:
         """Return the KL weights that a policy answers for: all of them, or the first alone."""
         return self.kl_weight if kind in ("clp", "prompting") else self.kl_weight[:1]
-
-
-def without_password(url: str) -> str:
-    """Return an address without its user and password, as messages may show it."""
-    return re.sub(r"^([a-zA-Z0-9+.-]*://)?.*@", r"\1", url, flags=re.DOTALL)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl.clp.config import ClpConfig, without_password
+from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.clp.rollout import AnswerSource, Rollout, RolloutStore, Sampler, roll
@@ -100,8 +100,7 @@ class Guard:
         """
         limit = self.config.engine_kl_limit
         if limit and not float(found.kl) <= limit:
-            server = without_password(self.config.rollout_server or "")
-            self._stop(step, f"the KL of a token from the rollout server {server} to the policy is "
+            self._stop(step, f"the KL of a token from the rollout server {self.config.rollout_server} to the policy is "
                        f"{float(found.kl):.4g} nats, above engine_kl_limit = {limit:g}: the server has another model",
                        "let it serve the model and the data type of the run, or raise the limit")  # fmt: skip
 
@@ -223,8 +222,8 @@ class ClpLoss:
         }  # fmt: skip
         if engine is not None:
             logs |= {"importance": engine.ratio, "truncated": engine.truncated, "engine_kl": engine.kl}
-        if shared is not None:  # of as many responses without weights an average would have the same variance
-            logs["effective_share"] = (shared.sum(1).square() / shared.square().sum(1)).mean() / shared.shape[1]
+        if shared is not None:
+            logs["overlap"] = overlap_of(shared)
         if policy.running is not None:
             for name, mean, deviation in zip(
                 self.rewards.names, policy.running.mean, policy.running.deviation, strict=True
@@ -279,6 +278,12 @@ class ClpLoss:
                 "text": rollout.texts[r], "rewards": dict(zip(names, values, strict=True)),
                 "log_ratio": round(float(log_ratio[r, : len(rollout.responses[r])].sum()), 4),
             })  # fmt: skip
+
+
+def overlap_of(shared: Tensor) -> Tensor:  # (K, B) balance weights, whose sum is K for each response
+    """Return how far the policies of K trade-offs still share responses: 0 where each has its own alone, 1 if all."""
+    alone = (shared / len(shared)).square().sum(0)  # of a response: 1 if it counts at one alone, 1/K if at all evenly
+    return (1 - alone).mean() / (1 - 1 / len(shared))
 
 
 def _first_of_each(rows: Tensor, groups: Tensor) -> Tensor:

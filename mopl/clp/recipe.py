@@ -163,8 +163,20 @@ class ClpRecipe(Recipe):
 
         Raises:
             PermissionError: If code would be imported that only the run folder asks for.
+            ValueError: If a setting that matters differs, or the run has lost or got a rollout server.
         """
         config = super().settings_to_resume(record, changes, path)
+        had, has = record["config"].get("rollout_server") is not None, config.rollout_server is not None
+        if had and not has:
+            raise ValueError(
+                f"{path} was started with a rollout server, and steps without one are others; pass rollout_server and "
+                "rollout_folder, which may be other ones, or start another run"
+            )
+        if has and not had:
+            raise ValueError(
+                f"{path} was started without a rollout server, and steps with one are others; leave rollout_server and "
+                "rollout_folder out to resume it, or start another run"
+            )
         named = tuple(changes.get("rewards") or ())
         foreign = [spec for spec in config.rewards if is_module(spec) and spec not in named]
         if foreign and not trust_rewards:
@@ -191,11 +203,7 @@ class ClpRecipe(Recipe):
         _check_scope(base, config, self.rewards.names)
         sampler = Sampler(base, self.tokenizer, config)
         self.stages = Stages(self, self.prompts, base.to(self.accelerator.device), sampler, self.rewards)
-        if config.rollout_server is not None:
-            from mopl.clp.server_rollouts import ServerAnswers  # which needs a package
-
-            self.stages.server = ServerAnswers(config, sampler, self.accelerator)
-            self.stages.server.check(self.prompts["train"].tokens[0])
+        self.stages.connect(resumed=self.record is not None)
 
     def prepare(self) -> None:
         """Measure the rewards of the untrained model, which are the scale of the training."""

@@ -13,18 +13,16 @@ temperature of the run. Whatever else comes back is an error: no answer is made 
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import unquote
 
 from mopl._extras import require
 from mopl._records import Count, Finite, in_words
-from mopl.clp.bounded_http import BoundedClient, UnreadableAnswer
-from mopl.clp.config import without_password
+from mopl.clp.bounded_http import BoundedClient, GivenUp, UnreadableAnswer
 
 require("httpx", "msgspec", what="rollouts from a server")
 import httpx  # noqa: E402
@@ -83,27 +81,29 @@ class OpenAIServer:
         seconds: How long a request may take, with all that is tried again.
 
     Attributes:
-        url: The address as errors name it: without user and password.
+        url: The address, without `/v1`.
         kind: `"mopl"` or `"vllm"`, once `connect` has asked.
         model: What it calls the base model.
+        after: What errors say of the run.
 
     Raises:
         ValueError: If the key in MOPL_API_KEY cannot be sent.
     """
 
     def __init__(self, url: str, seconds: float) -> None:
-        self._address = url.strip().rstrip("/").removesuffix("/v1")
-        self.url = without_password(self._address)
+        self.url = url.strip().rstrip("/").removesuffix("/v1")
         self.seconds, self.kind, self.model = seconds, "", ""
+        self.after = "the last checkpoint is intact, so the run can be resumed"
         key = os.environ.get(KEY_VARIABLE, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ValueError(
                 f"{KEY_VARIABLE} has a character that no header of HTTP can have, such as one that is not "
                 "ASCII, or a line break; set it to the key of the server alone"
             )
-        self._secrets = [secret for secret in (key, *_password(self._address)) if secret]
+        self._key = key
         self._client = BoundedClient({"authorization": f"Bearer {key}"} if key else {})
         self._broken = threading.Event()  # one request of several has failed for good: the others are given up
+        self._failure = ""  # what that one says
 
     def connect(self) -> None:
         """Ask what the server is.
@@ -155,9 +155,9 @@ class OpenAIServer:
         """Have vLLM load a LoRA adapter under a name that it does not know."""
         self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
-    def unload_adapter(self, name: str) -> None:
-        """Have vLLM forget an adapter."""
-        self.post("/v1/unload_lora_adapter", {"lora_name": name})
+    def unload_adapter(self, name: str, seconds: float | None = None) -> None:
+        """Have vLLM forget an adapter; `seconds` are all that may take, by default those of any request."""
+        self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, seconds=seconds)
 
     # ---------------------------------------------------------------- what it answers
 
@@ -236,64 +236,92 @@ class OpenAIServer:
         return self._ask("POST", path, body)
 
     def begin(self) -> None:
-        """Forget that a request has failed: the next ones are new."""
+        """Forget that a request has failed, or was given up: the next ones are new."""
+        self._failure = ""
         self._broken.clear()
+        self._client.renew()
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, more: int = 0) -> bytes:
+    def give_up(self) -> None:
+        """End at once what is asked in any thread, with an error there; so what is asked from now on, until `begin`."""
+        self._broken.set()
+        self._client.cancel()
+
+    def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, more: int = 0, seconds: float | None = None
+    ) -> bytes:
         """Ask until it is answered, at most for `seconds`; the answer may be `more` bytes larger than usual.
 
         Raises:
-            RolloutServerError: If it is refused, keeps failing, or time is up.
+            RolloutServerError: If it is refused, keeps failing, time is up, or another request has failed meanwhile.
         """
-        deadline, tries, failures, why = time.monotonic() + self.seconds, 0, 0, ""
+        limit = self.seconds if seconds is None else seconds
+        deadline, tries, failures, why = time.monotonic() + limit, 0, 0, ""
         while not self._broken.is_set():
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             tries, pause = tries + 1, min(0.25 * 2**tries, 8.0)
             try:
-                answer, content = self._client.request(method, f"{self._address}{path}", body, left, _MOST_BYTES + more)
+                answer, content = self._client.request(method, f"{self.url}{path}", body, left, _MOST_BYTES + more)
+            except GivenUp:
+                break
             except TimeoutError:
                 why = "no answer came in time"
                 continue
             except UnreadableAnswer as error:
-                self._broken.set()
-                raise self.error(f"its answer to {path} {error}", "check the address, and what is between") from None
+                raise self._failed(f"its answer to {path} {error}", "check the address, and what is between") from None
             except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
-                self._broken.set()
-                # What is wrong with an address may quote a part of its password.
-                why = "its address is none" if "@" in self._address else str(error)
-                raise self.error(why, "give an address such as http://127.0.0.1:8000") from None
+                raise self._failed(str(error), "give an address such as http://127.0.0.1:8000") from None
             except httpx.RequestError as error:
                 why = f"it cannot be reached ({error or type(error).__name__})"
             else:
                 if answer.is_success:
                     return content
-                said = _message(content)
+                said = self._message(content)
                 why = f"it answered {path} with {answer.status_code}: {said}"
                 if tries > 1 and path == "/v1/load_lora_adapter" and "already been loaded" in said:
                     return b""  # by the request before, whose answer was lost
                 failures += answer.status_code >= 500
                 if answer.status_code not in _AGAIN or failures >= _MOST_FAILURES:
-                    self._broken.set()
-                    raise self.error(why, _remedy(answer.status_code, path, said))
+                    raise self._failed(why, _remedy(answer.status_code, path, said))
                 pause = max(pause, _seconds(answer.headers.get("retry-after", "")))
             self._broken.wait(min(pause, max(deadline - time.monotonic(), 0)))
         if self._broken.is_set():
-            raise self.error("another request of this step failed", "see its error")
-        self._broken.set()
-        raise self.error(
-            f"{why or 'no answer came in time'}, within rollout_timeout = {self.seconds:g} seconds",
+            if self._failure:
+                raise RolloutServerError(self._failure)
+            raise self.error("a request was given up", "see the error before")
+        raise self._failed(
+            f"{why or 'no answer came in time'}, within "
+            + (f"rollout_timeout = {limit:g} seconds" if seconds is None else f"{limit:g} seconds"),
             "start it, or raise rollout_timeout",
         )
 
+    def _failed(self, what: str, remedy: str) -> RolloutServerError:
+        """Give up the requests of other threads, which say the same; return what `error` does."""
+        found = self.error(what, remedy)
+        self._failure = self._failure or str(found)
+        self.give_up()
+        return found
+
     def error(self, what: str, remedy: str) -> RolloutServerError:
         """Return an error that names the server, what happened and the remedy."""
-        for secret in self._secrets:  # a server may say back what it was sent
-            what = what.replace(secret, "***")
-        return RolloutServerError(
-            f"the rollout server {self.url}: {what}; {remedy}; the last checkpoint is intact, so the run can be resumed"
-        )
+        if self._key:
+            what = what.replace(self._key, "***")  # a server may say back what it was sent
+        return RolloutServerError(f"the rollout server {self.url}: {what}; {remedy}; {self.after}")
+
+    def _message(self, content: bytes) -> str:
+        """Return what an answer of an error says, in a line: OpenAI's form, vLLM's, or any text."""
+        try:
+            said = msgspec.json.decode(content)
+            if isinstance(said, dict):
+                inner = said.get("error", said)
+                said = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
+            said = str(said)
+        except (ValueError, RecursionError):
+            said = content.decode("utf-8", "replace")
+        if self._key:
+            said = said.replace(self._key, "***")  # before it is cut: no part of the key may be left
+        return " ".join(said[:10_000].split())[:500]
 
     def _read(self, raw: bytes, schema: Any, path: str) -> Any:
         try:
@@ -303,17 +331,12 @@ class OpenAIServer:
         try:
             return msgspec.convert(values, schema)
         except msgspec.ValidationError as error:
-            try:
-                why = in_words(error, values, "")
-            except RecursionError:  # what is there is nested too deep to be shown
-                why = str(error)
+            why = str(error)
+            # What is there is shown if it is not nested too deep for that, and no part of it may be the key.
+            if not (self._key and self._key.encode() in raw):
+                with contextlib.suppress(RecursionError):
+                    why = in_words(error, values, "")
             raise self.error(f"{path} is not as OpenAI's: {why}", "check the address") from None
-
-
-def _password(url: str) -> tuple[str, ...]:
-    """Return the password of an address as it is written and as it is sent; nothing where it has none."""
-    written = re.search(r"//[^:@]*:(.*)@", url)
-    return () if written is None else (written[1], unquote(written[1]))
 
 
 def _remedy(status: int, path: str, said: str) -> str:
@@ -325,28 +348,24 @@ def _remedy(status: int, path: str, said: str) -> str:
             "start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, a --max-lora-rank of all adapters "
             "together, and a rollout_folder that it sees under the same path"
         )
-    if path == "/v1/load_policy":
+    if path == "/v1/load_policy" and status in (400, 413):
+        return "let it serve the model of this run, and see what it says"
+    if path == "/v1/load_policy" and status < 500:
         return "start `mopl serve MODEL --policies FOLDER` with the rollout_folder of this run"
     if status in (404, 409):
         return "another training uses the server, or it was started again: give each training a server of its own"
     if status == 400 and "max_tokens" in said:
-        return "start it with a limit of at least the run's max_new_tokens (mopl serve --max-tokens), or lower that"
+        return (
+            "start it with a limit of at least the run's max_new_tokens (mopl serve --max-tokens, vLLM "
+            "--max-model-len), or lower that"
+        )
+    if status == 400:
+        return "change the setting of this run that it names, or ask a server that takes it"
+    if 300 <= status < 400:
+        return "it sends to another address: give that of the server itself"
     return "look at its log"
 
 
 def _seconds(text: str) -> float:
     """Return what a Retry-After header says in seconds; 0 for a date."""
     return min(float(text), 60.0) if text.isascii() and text.isdigit() else 0.0
-
-
-def _message(content: bytes) -> str:
-    """Return what an answer of an error says, in a line: OpenAI's form, vLLM's, or any text."""
-    try:
-        said = msgspec.json.decode(content)
-        if isinstance(said, dict):
-            inner = said.get("error", said)
-            said = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
-        said = str(said)
-    except (ValueError, RecursionError):
-        said = content[:10_000].decode("utf-8", "replace")
-    return " ".join(said.split())[:500]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,14 @@ from mopl.clp.policies import Policy, load_policy, new_policy, release, save_sou
 from mopl.clp.prompts import Prompts, PromptSource
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.experiments.driver import Recipe
+from mopl.experiments.run import FRONT, method_folder
 from mopl.experiments.run_directory import DONE
 from mopl.experiments.stages import CHECKPOINTS, ROLLOUTS, RunStages, Trained, Training
 from mopl.rewards import Rewards
 from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.training import CheckpointFolder, RunLog, TrainingResult
 from mopl.training.optimizer import adamw
-from mopl.training.parallel import exists_on_main
+from mopl.training.parallel import exists_on_main, on_main
 
 if TYPE_CHECKING:
     from mopl.clp.server_rollouts import ServerAnswers
@@ -67,22 +69,67 @@ class Stages(RunStages):
 
     def train(self, method: str, folder: Path) -> dict[str, Trained]:
         """Train what a method needs; return its trainings by name."""
-        if method in ("clp", "dera"):  # DeRa moves the policy of clp
-            return {"clp": self._policy("clp", self.clp_folder / "model", "clp")}
-        if method == "prompting":
-            return {method: self._policy(method, folder / "model", method)}
-        experts = {name: expert_folder(self.path, name) for name in self.objectives}
-        done = {
-            f"expert {name}": self._policy(f"expert {name}", place, "expert", expert=name)
-            for name, place in experts.items()
-        }
+        done = {name: self._policy(name, *each) for name, each in self._trainings(method, folder).items()}
         if method == "rewarded-soups" and not exists_on_main(self.accelerator, folder / "model" / DONE):
 
             def save(target: Path) -> None:
-                save_soup(list(experts.values()), target, self.base, self.config, self.objectives)
+                experts = [expert_folder(self.path, name) for name in self.objectives]
+                save_soup(experts, target, self.base, self.config, self.objectives)
 
             self.record(folder / "model", save, Trained(0, 0.0))
         return done
+
+    def _trainings(self, method: str, folder: Path) -> dict[str, tuple[Path, str, str | None]]:
+        """Return what a method needs: by name the folder of each training, its kind of policy, the reward of an expert.
+
+        Args:
+            method: The method.
+            folder: Where it has its front.
+        """
+        if method in ("clp", "dera"):  # DeRa moves the policy of clp
+            return {"clp": (self.clp_folder / "model", "clp", None)}
+        if method == "prompting":
+            return {method: (folder / "model", method, None)}
+        return {f"expert {name}": (expert_folder(self.path, name), "expert", name) for name in self.objectives}
+
+    def connect(self, *, resumed: bool) -> None:
+        """Find the server of the run, if there is one and anything is left to train, and ask it for a first answer.
+
+        Args:
+            resumed: Whether what lies in the run directory is of this run.
+
+        Raises:
+            RolloutServerError: If it does not answer as it must.
+            ValueError: If it cannot load such policies.
+        """
+        config = self.config
+        if config.rollout_server is None:
+            return
+
+        def left() -> dict[str, str | None]:
+            found = {}
+            for method in config.methods:
+                folder = method_folder(self.path, config, method)
+                for place, kind, expert in self._trainings(method, folder).values():
+                    if not resumed or not ((folder / FRONT).exists() or (place / DONE).exists()):
+                        found[kind] = expert
+            return found
+
+        if not (kinds := on_main(self.accelerator, left)):
+            return
+        from mopl.clp.server_rollouts import ServerAnswers  # which needs a package
+
+        self.server = ServerAnswers(config, self.sampler, self.accelerator)
+        untrained = [partial(self._untrained, kind, expert) for kind, expert in kinds.items()]
+        self.server.check(untrained, max(self.prompts["train"].tokens, key=len))
+
+    @contextmanager
+    def _untrained(self, kind: str, expert: str | None) -> Iterator[Policy]:
+        policy = new_policy(self.base, self.config, self.objectives, kind, expert)
+        try:
+            yield policy.to(self.accelerator.device)
+        finally:
+            release(policy)
 
     def _policy(self, name: str, folder: Path, kind: str, expert: str | None = None) -> Trained:
         """Train a policy unless it is there; `expert` names the reward of one."""
@@ -94,10 +141,12 @@ class Stages(RunStages):
 
         @contextmanager
         def begin() -> Iterator[Training]:
-            policy = new_policy(self.base, config, self.objectives, kind, expert)
+            with self._untrained(kind, expert) as policy:
+                yield training_of(policy)
+
+        def training_of(policy: Policy) -> Training:
             if config.normalize == "running":
-                policy.running = RunningScale(self.scale, config.normalize_decay)
-            policy.to(self.accelerator.device)
+                policy.running = RunningScale(self.scale, config.normalize_decay).to(self.accelerator.device)
             checkpoints, settings = folder / CHECKPOINTS, config.training()
             samples = RunLog(self.path, enabled=self.accelerator.is_main_process)
             samples.path = self.path / "samples.jsonl"
@@ -117,14 +166,11 @@ class Stages(RunStages):
                     return {}
                 return {"mean": tuple(scale.mean.tolist()), "deviation": tuple(scale.deviation.tolist())}
 
-            try:
-                yield Training(
-                    policy, source, loss, settings, policy.model.save_pretrained,
-                    optimizer=adamw(policy, settings, self.accelerator.device, {"value.": config.value_learning_rate}),
-                    save_frozen=False, ended=ended,
-                )  # fmt: skip
-            finally:
-                release(policy)
+            return Training(
+                policy, source, loss, settings, policy.model.save_pretrained,
+                optimizer=adamw(policy, settings, self.accelerator.device, {"value.": config.value_learning_rate}),
+                save_frozen=False, ended=ended,
+            )  # fmt: skip
 
         return self.train_once(name, folder, begin)
 

@@ -165,11 +165,9 @@ class Api:
         body = load_body(await self._body(request))
         try:
             make = self.policies.maker(body.name, body.path)
-            await asyncio.wrap_future(self.engine.replace(make, self.policies.plain))
+            await asyncio.wrap_future(self.engine.replace(make))
         except Stopping as error:
             raise ApiError(str(error), status=503, code="stopping") from None
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ApiError(f"{body.path} cannot be loaded: {error}", "path", code="policy_not_loaded") from None
         request.state.said = body.name
         return JSONResponse(self._model(body.name))
 

@@ -48,7 +48,7 @@ class Engine:
     ) -> None:
         self.served, self.max_queue, self.max_batch_tokens = served, max_queue, max_batch_tokens
         self._most, self.max_batch = max_batch, served.most_rows(max_batch)
-        self._changes: list[tuple[Callable[[], ServedModel], ServedModel, Future[None]]] = []
+        self._changes: list[tuple[Callable[[], ServedModel], Future[None]]] = []
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
         self._running: list[Row] = []
@@ -109,12 +109,11 @@ class Engine:
                 row.cancelled = True
             self._waiting = [row for row in self._waiting if not row.cancelled]
 
-    def replace(self, make: Callable[[], ServedModel], otherwise: ServedModel) -> Future[None]:
+    def replace(self, make: Callable[[], ServedModel]) -> Future[None]:
         """Serve another model, once what is being answered has ended; rows that wait for the old one fail.
 
         Args:
-            make: Makes it, in the thread that answers.
-            otherwise: What is served where that fails.
+            make: Makes it, in the thread that answers. Where that fails, the old one is served on.
 
         Returns:
             What is done when it is served, or has the error of `make`.
@@ -126,7 +125,7 @@ class Engine:
         with self._changed:
             if self._closed or not self.alive:
                 raise Stopping("the server is being stopped")
-            self._changes.append((make, otherwise, done))
+            self._changes.append((make, done))
             self._changed.notify()
         return done
 
@@ -183,21 +182,20 @@ class Engine:
         """Make the changes that were asked for."""
         with self._changed:
             changes, self._changes = self._changes, []
-        for make, otherwise, done in changes:
-            error: BaseException | None = None
+        for make, done in changes:
+            if not done.set_running_or_notify_cancel():
+                continue
             try:
                 served = make()
             except BaseException as failed:  # the thread goes on, as after an answer that failed
-                served, error = otherwise, failed
+                done.set_exception(failed)
+                continue
             with self._changed:
                 self.served, self.max_batch = served, served.most_rows(self._most)
                 late, self._waiting = self._waiting, []
             for row in late:
                 row.fail(Replaced("another model was loaded before the answer began"))
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
+            done.set_result(None)
 
     def _take(self) -> list[Row]:
         """Take the oldest row out of the queue, and those that can be answered with it."""

@@ -1,12 +1,16 @@
 """Policies that a trainer writes into a folder and asks the server to load: `mopl serve MODEL --policies FOLDER`.
 
-One policy is served at a time, around a base model that stays. Only folders inside of FOLDER are read, which hold JSON
-and safetensors and no code, but whoever may ask the server may then choose what it answers with: hence the option.
+One policy is served at a time, around a base model that stays. Only folders inside of FOLDER are read, by no link. They
+hold JSON and safetensors and no code, but whoever may ask the server may then choose what it answers with: hence the
+option. A policy that cannot be loaded, for whatever reason, changes nothing: the one before it is served on.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,15 @@ import msgspec
 
 from mopl._extras import require
 from mopl._records import parse_json, read_json
-from mopl.conditioning import ParameterMixture, WeightedModel
+from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture, WeightedModel
 from mopl.conditioning.saved_models import ADAPTER_CONFIG, CONFIG_FILE, AdapterRecord, read_kind
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.serving.errors import ApiError
 from mopl.serving.model import ServedModel
+
+_KINDS = (ParameterMixture.KIND, LoraMixture.KIND, HyperPromptModel.KIND)  # what trainings write
+_READ = (".json", ".safetensors", ".md", ".txt")  # what their files are called; pickles are none of them
 
 
 class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,10 +85,13 @@ class PolicyFolder:
         Raises:
             ApiError: 403 if it is outside, 404 if it holds no policy.
         """
-        found = (self.folder / path).resolve()
-        if not found.is_relative_to(self.folder):
+        try:
+            found = (self.folder / path).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a character that no name has
+            raise ApiError(f"path is {path!r:.200}, which names no folder ({error!s:.200})", "path") from None
+        if ".." in Path(path).parts or not found.is_relative_to(self.folder):
             raise ApiError(f"path is {path!r:.200}, which is outside of the folder of policies", "path", status=403)
-        if not (found / CONFIG_FILE).is_file():
+        if not os.path.isfile(found / CONFIG_FILE):  # which is no error where the name is too long
             raise ApiError(
                 f"path is {path!r:.200} but there is no {CONFIG_FILE} in that folder inside of {self.folder}; write "
                 "the policy there first, and check that trainer and server see one folder",
@@ -104,6 +114,14 @@ class PolicyFolder:
         folder = self.find(path)
 
         def make() -> ServedModel:
+            try:
+                return load()
+            except BaseException as error:  # panics of the readers' Rust are no Exception
+                why = " ".join((str(error) or type(error).__name__).split())
+            raise ApiError(f"{path:.200} cannot be loaded: {why:.1000}", "path", code="policy_not_loaded")
+
+        def load() -> ServedModel:
+            _check_files(folder)
             # A policy gets modules of its own, so that adapters never lie in the base: a load may fail half-way, when
             # some of them are in already.
             base = copy.deepcopy(self._base) if _writes(folder) else models.sharing(self._base)
@@ -112,9 +130,35 @@ class PolicyFolder:
             policy.to(next(self._base.parameters()).device).eval()
             trained = policy.record.beta
             alpha = (trained[0] if isinstance(trained, (list, tuple)) else trained) if policy.takes_kl_weight else None
+            if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+                raise ValueError(f"its {CONFIG_FILE} has no KL weight of the training but {alpha!r:.80}")
             return ServedModel(policy, self._encoder, policy.record.objectives, name=name, kl_weight=alpha)
 
         return make
+
+
+def _check_files(folder: Path) -> None:
+    """Raise unless a folder holds what a training writes: a policy of a kind that it has, in files of its own.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If something else is there, or a link, which may lead anywhere.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                what = "a link" if stat.S_ISLNK(mode) else "no file"
+                raise ValueError(f"{path.relative_to(folder)} is {what}; a policy lies in files of its own")
+            if stat.S_ISREG(mode) and not name.startswith(".") and path.suffix not in _READ:
+                raise ValueError(f"{path.relative_to(folder)} is neither JSON nor safetensors; nothing else is read")
+    if (kind := read_kind(folder)) not in _KINDS:
+        raise ValueError(f"its {CONFIG_FILE} says it is a {kind!s:.80}; a policy is one of {', '.join(_KINDS)}")
 
 
 def _writes(folder: Path) -> bool:

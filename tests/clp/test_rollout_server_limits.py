@@ -17,7 +17,6 @@ from tiny_language_models import tokenizer
 from vllm_imitation import imitating
 
 from mopl.clp import rollout_server
-from mopl.clp.config import without_password
 from mopl.clp.policies import new_policy
 from mopl.clp.prompts import PromptSource
 from mopl.clp.rollout import Sampler
@@ -82,12 +81,30 @@ def test_an_answer_that_drips_ends_when_time_is_up(raw, said):
         (answer(b"\xff", "content-type: text/plain; charset=base64", status=b"HTTP/1.1 400 no\r\n"), "400: "),
         (answer(b"", "retry-after: \xb2", status=b"HTTP/1.1 503 no\r\n"), "503"),
         (b"nonsense\r\n\r\n", "it cannot be reached"),
+        (answer(b"<html>Sign in</html>", "content-type: text/html"), "gives no JSON"),
+        (answer(b"", "location: http://elsewhere/", status=b"HTTP/1.1 307 go\r\n"), "307: ; it sends to another"),
     ],
 )
 def test_odd_answers_are_errors_of_the_server(raw, said, message):
     raw.said = said
     with pytest.raises(RolloutServerError, match=rf"{raw.url}: .*{message}.*can be resumed"):
         OpenAIServer(raw.url, 0.6).connect()
+
+
+def test_an_answer_in_chunks_without_an_end_is_read_up_to_a_size(raw, monkeypatch):
+    monkeypatch.setattr(rollout_server, "_MOST_BYTES", 10_000)
+    raw.said = OK + b"transfer-encoding: chunked\r\n\r\n" + b"3e8\r\n" + b" " * 1000 + b"\r\n"
+    raw.said += (b"3e8\r\n" + b" " * 1000 + b"\r\n") * 20
+    with pytest.raises(RolloutServerError, match="has more than 10,000 bytes"):
+        OpenAIServer(raw.url, 5.0).connect()
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"1.5", b"-1e999", b'"x"'])
+def test_log_probabilities_that_are_none_are_refused(raw, value):
+    logs = b'{"tokens": ["a"], "token_logprobs": [' + value + b"]}"
+    raw.said = answer(b'{"choices": [{"index": 0, "token_ids": [2], "logprobs": ' + logs + b"}]}")
+    with pytest.raises(RolloutServerError, match=r"no JSON|no log-probability|not as OpenAI's"):
+        OpenAIServer(raw.url, 5.0).complete([1, 7], {"model": "base"}, **REPLY)
 
 
 def test_an_answer_is_read_up_to_a_size(raw, monkeypatch):
@@ -124,7 +141,7 @@ def test_tokens_that_the_model_has_not_and_more_than_were_asked_for_are_refused(
         )
         sampler = Sampler(base, tokenizer(), config)
         answers = ServerAnswers(config, sampler, make_accelerator(cpu=True))
-        answers.check([1, 7])
+        answers.check([], [1, 7])
         vllm.change = told
         batch = PromptSource(parts(config)["train"], config, 2, trade_offs=2)(0)
         policy = new_policy(base, config, ("first", "second"), "clp")
@@ -148,16 +165,33 @@ def test_a_key_that_cannot_be_sent_is_said_without_the_key(monkeypatch, key):
     assert "ret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("address", ["http://me:{}@127.0.0.1:{}", "http://me:p/{}@127.0.0.1:{}", "me:{}@127.0.0.1:{}"])
-def test_no_error_shows_key_or_password(raw, monkeypatch, address):
+@pytest.mark.parametrize(
+    "said",
+    [
+        answer(b'{"error": "wrong key secretkey"}', status=b"HTTP/1.1 401 no\r\n"),
+        answer(b"x" * 495 + b"secretkey", status=b"HTTP/1.1 401 no\r\n"),
+        answer(b"x" * 9995 + b" secretkey", status=b"HTTP/1.1 401 no\r\n"),
+        answer(b'{"data": [{"id": "base", "owned_by": "secretkey"}]}'),
+        answer(b'{"data": "' + b"x" * 70 + b'secretkey"}'),
+        answer(b'{"data": [{"id": {"secretkey": 1}}]}'),
+    ],
+)
+def test_no_error_shows_the_key_or_a_part_of_it(raw, monkeypatch, said):
     monkeypatch.setenv(KEY_VARIABLE, "secretkey")
-    raw.said = answer(b'{"error": "wrong key secretkey of hidden"}', status=b"HTTP/1.1 401 no\r\n")
-    url = address.format("hidden", raw.server_address[1])
-    for seconds in (0.3, 5.0):
-        with pytest.raises(RolloutServerError) as refused:
-            OpenAIServer(url, seconds).connect()
-        assert "hidden" not in str(refused.value) and "secretkey" not in str(refused.value)
-    with pytest.raises(ValueError, match=r"rollout_server is .*127\.0\.0\.1") as refused:
-        settings(rollout_server=url)
-    assert "hidden" not in str(refused.value)
-    assert without_password("http://host:1/v1") == "http://host:1/v1"
+    raw.said = said
+    with pytest.raises(RolloutServerError) as refused:
+        OpenAIServer(raw.url, 5.0).connect()
+    assert "secr" not in str(refused.value) and raw.url in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hidden@127.0.0.1:9", "http://me:p/hidden@host", "me:hidden@host", "http://hidden@host",
+     "http://host:1/v1?key=hidden", "http://host/#hidden"],
+)  # fmt: skip
+def test_an_address_with_a_password_is_refused_without_it(url):
+    for options in ({"rollout_folder": "f"}, {}):
+        with pytest.raises(ValueError, match=r"rollout_server has an @.*MOPL_API_KEY") as refused:
+            settings(rollout_server=url, **options)
+        assert "hidden" not in str(refused.value)
+    assert settings(rollout_server="http://host:1/v1", rollout_folder="f").rollout_server == "http://host:1/v1"

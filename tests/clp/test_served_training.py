@@ -90,6 +90,42 @@ def test_a_run_whose_server_dies_is_resumed_with_another_as_if_it_had_not(tmp_pa
     assert not list((tmp_path / "policies").iterdir())
 
 
+@pytest.mark.slow
+def test_a_run_is_resumed_with_a_server_if_it_began_with_one_and_needs_none_once_it_is_trained(tmp_path):
+    build(initializer_range=0.1).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    encoder = ListTokenizer(tokenizer(), max_length=None, append_eos=False)
+
+    def config(url: str | None, **options) -> ClpConfig:
+        if url is not None:
+            given = {"rollout_server": url, "rollout_folder": str(tmp_path / "policies"), "rollout_timeout": 20.0}
+            options = {**given, **options}
+        made = settings(scope="lora-mixture", steps=1, method="rewarded-soups", eval_prompts=2, **options)
+        return dataclasses.replace(made, model=str(tmp_path / "model"), data=str(tmp_path / "prompts.txt"))
+
+    def go(url: str | None, name: str, *, resume: bool = False, **options) -> None:
+        train_policies(config(url, **options), tmp_path / name, resume=resume, rewards=make_rewards(), say=quiet)
+
+    policies = PolicyFolder(tmp_path / "policies", language_model(), encoder, name="base")
+    with running(policies.plain, max_tokens=LENGTH) as server:
+        server.api.policies = policies
+        go(server.url, "served")
+        go(None, "alone")
+        with pytest.raises(ValueError, match=r"served was started with a rollout server, .*; pass rollout_server and"):
+            go(None, "served", resume=True)
+        with pytest.raises(ValueError, match=r"alone was started without a rollout server, .*; leave rollout_server"):
+            go(server.url, "alone", resume=True)
+        (tmp_path / "served" / "front.json").unlink()  # trained, and to be evaluated again
+        went = server.url
+    go(went, "served", resume=True)
+    go("http://127.0.0.1:9", "served", resume=True)
+    for name in ("front.json", "models/expert-second/training.json"):
+        (tmp_path / "served" / name).unlink()
+    with pytest.raises(RolloutServerError, match=r"127\.0\.0\.1:9: it cannot be reached.*nothing was changed by that"):
+        go("http://127.0.0.1:9", "served", resume=True, rollout_timeout=0.3)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_each_of_two_processes_asks_for_its_own_part(tmp_path):
@@ -125,6 +161,8 @@ def test_options_of_one_model_and_of_policies_do_not_go_together(tmp_path, monke
         (["--rollout-server", "http://127.0.0.1:9"], "there is no --rollout-folder"),
         (["--rollout-server", "http://127.0.0.1:9", "--rollout-folder", "f", "--rollout-timeout", "0.2"],
          "the rollout server http://127.0.0.1:9: it cannot be reached"),
+        (["--rollout-server", "http://me:hidden@127.0.0.1:9", "--rollout-folder", "f"],
+         "--rollout-server has an @, a ? or a #"),
         (["--rollout-folder", "f"], "there is no --rollout-server"),
         (["--importance-cap", "0.5"], "--importance-cap is 0.5 but must be at least 1"),
     ],
@@ -136,5 +174,6 @@ def test_mistakes_leave_no_run_and_say_what_to_change(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     given = ["clp", "--model", "model", "--data", "prompts.txt", "--rewards", "brevity", "--scope", "logits"]
     assert main([*given, "--device", "cpu", "--max-new-tokens", str(LENGTH), "--run", "run", *options]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and "hidden" not in said
     assert not (tmp_path / "run" / "config.json").exists()

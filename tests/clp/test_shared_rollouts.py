@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 from clp_problems import disturbed, language_model, make_loss, parts, settings
 from tiny_language_models import tokenizer
 
+from mopl.clp.loss import overlap_of
 from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import PromptSource
 from mopl.clp.rollout import Sampler
@@ -96,7 +97,9 @@ def test_every_answer_stands_at_every_trade_off_with_the_weight_of_the_mixture(t
     )  # fmt: skip
     torch.testing.assert_close(value.detach(), by_hand.loss, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(logs["kl"], (by_hand.kl * weights).sum() / weights.sum(), rtol=1e-3, atol=1e-4)
-    assert 0.5 <= float(logs["effective_share"]) <= 1 and (kind == "prompting" or logs["effective_share"] < 1)
+    shares = weights.view(2, each) / 2
+    assert float(logs["overlap"]) == pytest.approx(float((2 * (1 - shares.square().sum(0))).mean()), abs=1e-4)
+    assert kind == "prompting" or 0 < float(logs["overlap"]) < 0.999
     release(policy)
 
 
@@ -104,8 +107,18 @@ def test_an_untrained_policy_gives_every_trade_off_all_answers(tmp_path):
     config, base = shared(), language_model()
     policy = new_policy(base, config, NAMES, "clp")
     _, logs = make_loss(base, config, tmp_path)(policy, source_of(config)(0), 0)
-    assert float(logs["effective_share"]) == pytest.approx(1.0)
+    assert float(logs["overlap"]) == pytest.approx(1.0)
     release(policy)
+
+
+def test_overlap_is_of_each_answer_and_not_of_the_few_with_large_weights():
+    apart = torch.zeros(3, 9)
+    apart[torch.arange(9) % 3, torch.arange(9)] = 3.0
+    assert float(overlap_of(apart)) == pytest.approx(0.0, abs=1e-6)
+    assert float(overlap_of(torch.ones(3, 9))) == pytest.approx(1.0)
+    half = torch.cat([apart[:, :6], torch.ones(3, 6)], 1)
+    assert float(overlap_of(half)) == pytest.approx(0.5)
+    assert float(overlap_of(torch.tensor([[2.0, 1.5], [0.0, 0.5]]))) == pytest.approx((0 + 0.75) / 2)
 
 
 def test_a_running_scale_counts_each_answer_once_and_the_log_has_answers_where_they_were_sampled(tmp_path):

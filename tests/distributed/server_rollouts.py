@@ -1,5 +1,6 @@
 """Run by tests/clp/test_served_training.py on two gloo processes: each asks the server for its part of a rollout."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ if __name__ == "__main__":
     policy = new_policy(base, config, ("first", "second"), "clp")
     before = trained(policy)
     answers = ServerAnswers(config, Sampler(base, tokenizer(), config), accelerator)
-    answers.check([1, 7])
+    untrained = new_policy(language_model(), config, ("first", "second"), "clp")
+    answers.check([lambda: contextlib.nullcontext(untrained)], [1, 7])  # by the main process alone
+    assert answers.server.kind == "mopl"
     loss = make_loss(base, config, Path(out))
     loss.source = answers.of("clp")
     seen = []

@@ -1,6 +1,9 @@
 """What a trainer has a server load: one policy after another, around a base that stays what it is."""
 
 import json
+import os
+import pickle
+import shutil
 
 import pytest
 
@@ -64,7 +67,7 @@ def answer(server, name, **more):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_after_a_load_that_failed_the_base_is_what_it_was_and_the_next_policy_is_taken(server, damage):
+def test_after_a_load_that_failed_all_is_as_it_was_and_the_next_policy_is_taken(server, damage):
     (scope, act), folder = DAMAGES[damage], server.api.policies.folder
     base = server.api.policies.plain.model
     kept = {name: value.clone() for name, value in base.state_dict().items()}
@@ -80,8 +83,109 @@ def test_after_a_load_that_failed_the_base_is_what_it_was_and_the_next_policy_is
     assert refused.status_code == 400, refused.text
     assert modules == [(name, type(module)) for name, module in base.named_modules()]
     assert all(value.equal(kept[name]) for name, value in base.state_dict().items())
-    plain = answer(server, "base")
-    assert plain != good
+    assert answer(server, scope, weights=[0.25, 0.75]) == good, "what was there before answers"
     assert load(server, scope).status_code == 200
     assert answer(server, scope, weights=[0.25, 0.75]) == good
     assert load(server, bad.name).status_code == 200, "mended, it is taken"
+
+
+class Ran:
+    """Says in a file that a pickle was executed."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def adapter(folder):
+    return folder / "second" / "adapter_model.safetensors"
+
+
+def pickled(folder):
+    adapter(folder).unlink()
+    adapter(folder).with_suffix(".bin").write_bytes(pickle.dumps(Ran(folder.parent / "ran")))
+
+
+def moved_out(outside, path):
+    kept = outside / path.name
+    os.replace(path, kept)
+    path.symlink_to(kept)
+
+
+TROUBLES = {
+    "cut off": (lambda folder, outside: adapter(folder).write_bytes(adapter(folder).read_bytes()[:-9]), "safetensors"),
+    "not a number": (
+        lambda folder, outside: save_file(
+            {name: value * float("nan") for name, value in load_file(adapter(folder)).items()}, adapter(folder)
+        ),
+        "NaN or infinite",
+    ),
+    "a folder": (lambda folder, outside: (adapter(folder).unlink(), adapter(folder).mkdir()), "a folder but must be"),
+    "a pipe": (lambda folder, outside: (adapter(folder).unlink(), os.mkfifo(adapter(folder))), "is no file"),
+    "a pickle": (lambda folder, outside: pickled(folder), "adapter_model.bin is neither JSON nor safetensors"),
+    "code": (lambda folder, outside: (folder / "modeling.py").write_text("1"), "neither JSON nor safetensors"),
+    "a link to a file": (lambda folder, outside: moved_out(outside, adapter(folder)), "is a link"),
+    "a link to a folder": (lambda folder, outside: moved_out(outside, folder / "second"), "second is a link"),
+    "missing": (lambda folder, outside: adapter(folder).unlink(), "holds no adapter_model.safetensors"),
+    "another kind": (lambda folder, outside: edit(folder / "mopl.json", kind="TextPromptModel"), "is one of"),
+    "no kind": (lambda folder, outside: edit(folder / "mopl.json", kind=None), "is one of"),
+    "no objectives": (lambda folder, outside: edit(folder / "mopl.json", objectives=[]), "objectives"),
+    "nested": (lambda folder, outside: (folder / "mopl.json").write_text("[" * 100_000), "mopl.json"),
+    "an empty file": (lambda folder, outside: (folder / "mopl.json").write_text(""), "mopl.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_policy_that_cannot_be_loaded_changes_nothing(server, tmp_path, trouble):
+    act, message = TROUBLES[trouble]
+    folder = server.api.policies.folder
+    assert load(server, "lora-mixture").status_code == 200
+    good = answer(server, "lora-mixture", weights=[0.25, 0.75])
+    bad = folder / "bad"
+    shutil.copytree(folder / "lora-mixture", bad)
+    try:
+        act(bad, tmp_path)
+        refused = load(server, "bad")
+    finally:
+        shutil.rmtree(bad)
+    assert refused.status_code == 400 and message in refused.text and str(tmp_path) not in refused.text
+    assert refused.json()["error"]["code"] == "policy_not_loaded" and not (folder / "ran").exists()
+    assert answer(server, "lora-mixture", weights=[0.25, 0.75]) == good
+    assert load(server, "attention").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("not for you"), MemoryError(), KeyError("x"), BaseException("panic")]
+)
+def test_whatever_a_reader_raises_is_an_answer_and_the_server_goes_on(server, monkeypatch, error):
+    assert load(server, "attention").status_code == 200
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("mopl.serving.policies.WeightedModel.from_pretrained", fail)
+    refused = load(server, "lora-mixture")
+    assert refused.status_code == 400 and "lora-mixture cannot be loaded: " in refused.text
+    monkeypatch.undo()
+    assert answer(server, "attention", weights=[0.5, 0.5])
+    assert load(server, "lora-mixture").status_code == 200
+
+
+def test_a_policy_lies_inside_of_the_folder_by_no_way_around(server, tmp_path):
+    folder = server.api.policies.folder
+    shutil.copytree(folder / "attention", tmp_path / "outside")
+    links = {"out": tmp_path / "outside", "loop": folder / "loop"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    try:
+        statuses = {
+            path: load(server, path).status_code
+            for path in ("out", "loop", "../policies/attention", "attention/../attention", "a\0b", "x" * 5000, "/etc")
+        }
+    finally:
+        for name in links:
+            (folder / name).unlink()
+    assert statuses.pop("out") == statuses.pop("/etc") == statuses.pop("attention/../attention") == 403
+    assert set(statuses.values()) <= {400, 403, 404} and server.engine.alive, statuses
