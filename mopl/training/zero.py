@@ -36,13 +36,14 @@ class ZeroModel(CopiedModel):
 
     Raises:
         ValueError: If the optimizer leaves out a trained parameter, or one is not in float32.
-        NotImplementedError: If the optimizer looks at whole parameters, or DeepSpeed is set up for another device.
+        NotImplementedError: If the optimizer looks at whole parameters, stage 3 is asked for and the model is one that
+            does, or DeepSpeed is set up for another device.
     """
 
     def __init__(
         self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
     ) -> None:
-        _check(accelerator, model, optimizer)
+        _check(accelerator, model, optimizer, settings["zero_optimization"]["stage"])
         super().__init__(accelerator, model, optimizer)
         import deepspeed
 
@@ -53,7 +54,8 @@ class ZeroModel(CopiedModel):
         self._update_copy()
         self._groups = list(optimizer.param_groups)
         with _quiet():
-            if self._stage == 3:  # one parameter at a time: by itself, `initialize` puts the whole model on the device
+            if self._stage == 3:
+                # One parameter at a time: by itself, `initialize` puts the whole model on the device.
                 deepspeed.zero.Init(module=self._copy, config_dict_or_path=settings)
                 for buffer in self._copy.buffers():
                     buffer.data = buffer.to(accelerator.device)
@@ -287,7 +289,7 @@ def is_engine(model: nn.Module) -> bool:
     return model.__dict__.get(_ENGINE, False)
 
 
-def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> None:
     from deepspeed.accelerator import get_accelerator
 
     kind = get_accelerator().device_name()
@@ -296,6 +298,12 @@ def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer)
             f"DeepSpeed is set up for {kind}, and the training runs on {accelerator.device.type}; set DS_ACCELERATOR="
             f"{accelerator.device.type} in the environment"
         )
+    for module in model.modules():
+        if stage == 3 and not getattr(module, "SHARDS", True):
+            raise NotImplementedError(
+                f"a {type(module).__name__} reads the parameters of layers before they run, and ZeRO-3 has none whole "
+                "then; pass `--zero_stage 2`, train with FSDP2 (`--use_fsdp --fsdp_version 2`), or take a LoraMixture"
+            )
     name = type(optimizer).__name__
     if name not in ELEMENTWISE or getattr(torch.optim, name) is not type(optimizer):
         raise NotImplementedError(

@@ -65,12 +65,12 @@ def full(accelerator, *, sgd=True, steps=6, poison=None, check=None, selection=N
         return parameters(model)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(type(p) is torch.nn.Parameter and p.numel() for p in model.parameters())
+    found = parameters(model)
     if optimizer is not None:  # which the caller may go on with
         model(torch.ones(1, 5)).sum().backward()
         optimizer.step()
-        model = None
-        return torch.cat([p.detach().flatten() for group in optimizer.param_groups for p in group["params"]])
-    return parameters(model)
+        assert not torch.equal(parameters(model), found)
+    return found
 
 
 def is_cut(model) -> None:
