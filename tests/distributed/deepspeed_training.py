@@ -20,11 +20,18 @@ from sharded_training import fit
 from small_training import Source, config, network, parameters, squared_error
 
 from mopl.language_models import models
+from accelerate.state import AcceleratorState
+
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator, train
+from mopl.training import loop as training_loop
 from mopl.training.parallel import whole_model
 from mopl.training.selection import Selection
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"
+KINDS = ("zero2", "zero3", "fsdp2", "ddp")
+
+# Other numbers of processes divide the same batch by another accumulation.
+training_loop._FREE_SETTINGS = (*training_loop._FREE_SETTINGS, "accumulation")
 
 
 @contextlib.contextmanager
@@ -38,7 +45,7 @@ def launched(place: Path, kind: str):
     os.environ[ASKED] = "true"
 
 
-def full(accelerator, *, sgd=True, steps=6, poison=None, check=None, selection=None, **options) -> torch.Tensor:
+def full(accelerator, *, sgd=True, steps=6, poison=None, stop=None, check=None, selection=None, **options) -> torch.Tensor:
     """Train all of a small network: what its parameters are after some steps of three parts, clipped, a schedule."""
     model = network()
     optimizer = None
@@ -48,18 +55,23 @@ def full(accelerator, *, sgd=True, steps=6, poison=None, check=None, selection=N
         optimizer = torch.optim.SGD(groups, momentum=0.9)
     settings = config(
         steps=steps, accumulation=8 // accelerator.num_processes // 2, gradient_clip=0.3, schedule="cosine", warmup=2,
-        checkpoint_every=3, log_every=1,
+        checkpoint_every=3, log_every=1, mixed_precision=accelerator.mixed_precision,
     )  # fmt: skip
 
     def loss(module, batch, step):
         if check is not None:
             check(module)
+        if step == stop and accelerator.is_main_process:
+            os.kill(os.getpid(), 15)
         return squared_error(module, batch, step)
 
     before = [p.detach().clone() for p in model.parameters()]
     try:
         train(model, Source(poison_at=poison), loss, settings, accelerator=accelerator, optimizer=optimizer,
               selection=selection, **options)  # fmt: skip
+    except TrainingInterrupted as stopped:
+        assert stopped.step == stop + 1
+        return parameters(model)
     except TrainingDiverged as error:
         assert "nan" in str(error)
         return parameters(model)
@@ -89,6 +101,33 @@ def same(accelerator, value: torch.Tensor) -> torch.Tensor:
 
 def validated(model) -> float:
     return float(model(Source().x).square().mean())
+
+
+def cross(accelerator, place: Path) -> dict[str, torch.Tensor]:
+    """Stop a training of each kind, in shares or not, and go on with it in each other kind."""
+    found, count = {}, accelerator.num_processes
+    for kind in KINDS:
+        with launched(place, kind):
+            full(accelerator, sgd=False, stop=2, directory=place / "stopped" / f"{kind}-{count}")
+    for before in sorted((place / "stopped").iterdir()):
+        for kind in KINDS[:2] if before.name.startswith(("ddp", "fsdp2")) else KINDS:
+            copy = place / "continued" / f"{before.name}-by-{kind}-{count}"
+            if accelerator.is_main_process:
+                shutil.copytree(before, copy)
+            accelerator.wait_for_everyone()
+            with launched(place, kind):
+                found[copy.name] = full(accelerator, sgd=False, directory=copy, resume=True)
+    return found
+
+
+def half(place: Path) -> dict[str, torch.Tensor]:
+    """Train with bf16 autocast."""
+    AcceleratorState._reset_state()
+    accelerator, found = make_accelerator("bf16", cpu=True), {}
+    for kind in KINDS:
+        with launched(place, kind):
+            found[kind] = full(accelerator)
+    return found
 
 
 def main(place: Path, stages: list[str]) -> None:
@@ -124,7 +163,10 @@ def main(place: Path, stages: list[str]) -> None:
                 assert torch.equal(resumed, found["stopped"]), "bits of one that was never stopped"
             if accelerator.is_main_process:
                 torch.save(found, here / "found.pt")
+    crossed, rounded = cross(accelerator, place), half(place)
     if accelerator.is_main_process:
+        torch.save(crossed, place / f"crossed-{count}.pt")
+        torch.save(rounded, place / f"half-{count}.pt")
         print("trainings under DeepSpeed are done")
 
 
