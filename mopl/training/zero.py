@@ -291,14 +291,7 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    kind = get_accelerator().device_name()
-    if kind != accelerator.device.type:
-        raise NotImplementedError(
-            f"DeepSpeed is set up for {kind}, and the training runs on {accelerator.device.type}; set DS_ACCELERATOR="
-            f"{accelerator.device.type} in the environment"
-        )
+    check_device(accelerator)
     for module in model.modules():
         if stage == 3 and not getattr(module, "SHARDS", True):
             raise NotImplementedError(
@@ -322,6 +315,18 @@ def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer,
                 f"{name} is trained in {str(parameter.dtype).removeprefix('torch.')}, of which DeepSpeed would train a "
                 "copy in float32; load the model in float32, with mopl's --mixed-precision bf16 for less memory"
             )
+
+
+def check_device(accelerator: Any) -> None:
+    """Raise unless DeepSpeed is set up for the training's kind of device."""
+    from deepspeed.accelerator import get_accelerator
+
+    kind = get_accelerator().device_name()
+    if kind != accelerator.device.type:
+        raise NotImplementedError(
+            f"DeepSpeed is set up for {kind}, and the training runs on {accelerator.device.type}; set DS_ACCELERATOR="
+            f"{accelerator.device.type} in the environment"
+        )
 
 
 def _is_news(record: logging.LogRecord) -> bool:

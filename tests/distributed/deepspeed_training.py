@@ -14,14 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("alignment", "")]
 
 import torch
+from accelerate.state import AcceleratorState
 from deepspeed_site import without_compiled_ops
 from ending import leave
 from sharded_training import fit
 from small_training import Source, config, network, parameters, squared_error
 
 from mopl.language_models import models
-from accelerate.state import AcceleratorState
-
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator, train
 from mopl.training import loop as training_loop
 from mopl.training.parallel import whole_model
@@ -45,7 +44,9 @@ def launched(place: Path, kind: str):
     os.environ[ASKED] = "true"
 
 
-def full(accelerator, *, sgd=True, steps=6, poison=None, stop=None, check=None, selection=None, **options) -> torch.Tensor:
+def full(
+    accelerator, *, sgd=True, steps=6, poison=None, stop=None, check=None, selection=None, **options
+) -> torch.Tensor:
     """Train all of a small network: what its parameters are after some steps of three parts, clipped, a schedule."""
     model = network()
     optimizer = None
