@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl.training.batches import BatchSource, part_of_batch, to_device
-from mopl.training.parallel import ShardedModel, WholeModel
+from mopl.training.parallel import Prepared
 
 if TYPE_CHECKING:
     from mopl.training.loop import TrainingConfig
@@ -21,7 +21,7 @@ LossFunction = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Any]]]
 
 def accumulate(
     accelerator: Any,
-    prepared: WholeModel | ShardedModel,
+    prepared: Prepared,
     source: BatchSource,
     loss: LossFunction,
     config: TrainingConfig,
@@ -40,8 +40,8 @@ def accumulate(
         last = turn == config.accumulation - 1
         with contextlib.nullcontext() if last else prepared.no_sync():
             value, extra = loss(prepared.model, batch, step)
-            # DDP and FSDP average the gradients of the processes; the mean over all lists needs the sum of shares.
-            accelerator.backward(value * (share * accelerator.num_processes))
+            # Gradients are averaged over the processes; the mean over all lists needs the sum of shares.
+            prepared.backward(value * (share * accelerator.num_processes))
         total = share * value.detach() if total is None else total + share * value.detach()
         for name, item in extra.items():
             item = share * torch.as_tensor(item, dtype=torch.float32, device=accelerator.device).detach()

@@ -34,7 +34,6 @@ from mopl.training.logs import RunLog
 from mopl.training.optimizer import adamw
 from mopl.training.parallel import make_accelerator, prepare
 from mopl.training.selection import Selection, continue_selection
-from mopl.training.sharded import whole_tensor
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -237,7 +236,6 @@ def train(
         accelerator.wait_for_everyone()
         return folder.path / f"step-{step:06d}"
 
-    trained = [p for p in prepared.model.parameters() if p.requires_grad]
     together = False  # whether every process comes to the end of the loop
     try:
         watched = progress(stage, config.steps, "steps", start=start, show=accelerator.is_main_process)
@@ -250,7 +248,7 @@ def train(
                     group["lr"] = rate * config.rate_factor(step)
                 value, logs = accumulate(accelerator, prepared, source, loss, config, step)
                 limit = math.inf if config.gradient_clip is None else config.gradient_clip
-                norm = float(whole_tensor(accelerator.clip_grad_norm_(trained, limit)))
+                norm = prepared.clip(limit)
                 # One reduction and one read a step: every process learns the same loss and the same wish to stop.
                 told = torch.stack([value, torch.as_tensor(float(stop.asked), device=value.device)])
                 told = [*accelerator.reduce(told, "sum").tolist(), norm]
@@ -281,7 +279,6 @@ def train(
         together = True
         raise
     finally:
-        trained.clear()
         prepared.finish(gather=together)
         # accelerate keeps whatever it prepared. Its own free_memory() would also run the garbage collector, which takes
         # longer than a small model's hundred steps.

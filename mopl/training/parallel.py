@@ -1,10 +1,12 @@
-"""How a training uses several processes: the whole model on each of them (DDP), or a shard of it on each (FSDP2).
+"""How a training uses several processes: the whole model on each of them (DDP), or a share of it (FSDP2, DeepSpeed).
 
 | launched with                   | parameters on each process | what is trained                                      |
 |---------------------------------|----------------------------|------------------------------------------------------|
 | one process                     | all                        | the model itself                                     |
 | several                         | all                        | the model inside `DistributedDataParallel`           |
 | `--use_fsdp --fsdp_version 2`   | a share, one layer whole   | a sharded copy; the model itself waits on the CPU    |
+| `--use_deepspeed --zero_stage 3`| a share, one layer whole   | the same                                             |
+| `--use_deepspeed --zero_stage 2`| all; a share of updates    | a copy; the model itself waits on the CPU            |
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mopl._extras import require
 from mopl.training.sharded import ShardedModel, gathered
+from mopl.training.zero import ZeroModel, is_engine
+from mopl.training.zero_settings import hidden_from_accelerate, zero_settings
 
 
 class WholeModel:
@@ -33,10 +37,19 @@ class WholeModel:
         self._accelerator, self._plain = accelerator, model
         self._forward = model.__dict__.get("forward")  # of a fused model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Leave the gradients of the processes apart inside a `with` block."""
         return self._accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients; outside of `no_sync` they are averaged over the processes."""
+        self._accelerator.backward(loss)
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradient down to a norm of at most `limit`; return the norm that it had."""
+        return float(self._accelerator.clip_grad_norm_(self._trained, limit))
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Load what `whole` gave as the optimizer's state."""
@@ -52,11 +65,15 @@ class WholeModel:
 
     def finish(self, *, gather: bool) -> None:
         """Give the caller the plain model back: the prepared one's forward is wrapped in autocast."""
+        self._trained.clear()
         self._accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         # accelerate looks for the forward by following `__wrapped__`, and may find what the model's own one is around.
         self._plain.__dict__.pop("forward", None)
         if self._forward is not None:
             self._plain.__dict__["forward"] = self._forward
+
+
+Prepared = WholeModel | ShardedModel | ZeroModel
 
 
 def on_main(accelerator: Any, act: Callable[[], Any]) -> Any:
@@ -90,9 +107,10 @@ def exists_on_main(accelerator: Any, path: Path) -> bool:
 def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding: bool = True) -> Any:
     """Return accelerate's `Accelerator` as the loop needs it; make it before a model is loaded.
 
-    It uses CUDA where present unless `cpu`, and what its launcher asks for: DDP for several processes, or FSDP2
-    (`accelerate launch --use_fsdp --fsdp_version 2`; see `mopl.training.parallel`). Gradient accumulation is the loop's
-    own, because accelerate divides by the number of parts, whatever their sizes.
+    It uses CUDA where present unless `cpu`, and what its launcher asks for: DDP for several processes, FSDP2
+    (`accelerate launch --use_fsdp --fsdp_version 2`; see `mopl.training.parallel`) or DeepSpeed's ZeRO
+    (`--use_deepspeed --zero_stage 3`, or 2). Gradient accumulation is the loop's own, because accelerate divides by the
+    number of parts, whatever their sizes. Under DeepSpeed the accelerator is that of DDP; the loop makes the engine.
 
     Args:
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`.
@@ -104,9 +122,9 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
         The `accelerate.Accelerator`, for `train(..., accelerator=...)`.
 
     Raises:
-        ImportError: If accelerate is not installed.
-        NotImplementedError: If the launcher asks for another kind of parallelism, or a setting of FSDP2 that does not
-            work here; the message names what does.
+        ImportError: If accelerate is not installed, or DeepSpeed where it is asked for.
+        NotImplementedError: If the launcher asks for another kind of parallelism, or a setting of FSDP2 or DeepSpeed
+            that does not work here; the message names what does.
     """
     require("accelerate")
     from accelerate import Accelerator
@@ -115,18 +133,22 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
     if _fsdp_was_asked_for():
         # By default accelerate's launcher lets all processes but one load empty parameters.
         disable_fsdp_ram_efficient_loading()
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
-    if fsdp_plugin(accelerator) is not None and not sharding:
+    with hidden_from_accelerate():
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+    sharded = fsdp_plugin(accelerator) is not None or zero_settings(accelerator) is not None
+    if sharded and not sharding:
         raise NotImplementedError(
-            "this training runs its model outside of the forward pass, where FSDP2 has no whole parameters; launch it "
-            "with DDP: `--multi_gpu` / `--num_processes` in place of `--use_fsdp`"
+            "this training runs its model outside of the forward pass, where no process has whole parameters; launch "
+            "it with DDP: `--multi_gpu` / `--num_processes` in place of `--use_fsdp` or `--use_deepspeed`"
         )
     return accelerator
 
 
-def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> WholeModel | ShardedModel:
+def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> Prepared:
     """Return a model and its optimizer as the processes of a training use them."""
     plugin = fsdp_plugin(accelerator)
+    if plugin is None and (settings := zero_settings(accelerator)) is not None:
+        return ZeroModel(accelerator, model, optimizer, settings)
     if plugin is None:
         return WholeModel(accelerator, model, optimizer)
     return ShardedModel(accelerator, model, optimizer, plugin)
@@ -147,9 +169,15 @@ def fsdp_plugin(accelerator: Any) -> Any:
         NotImplementedError: If accelerate was set up for a kind of sharding, or with a setting, that is not supported.
     """
     kind = distribution_of(accelerator)
-    if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+    if kind == "DEEPSPEED":
         raise NotImplementedError(
-            f"the loop trains on one device, with DDP or with FSDP2, but accelerate was set up for {kind}; "
+            "the loop makes DeepSpeed's engine itself, but accelerate was set up for DEEPSPEED; launch with "
+            "`accelerate launch --use_deepspeed` and make the accelerator with mopl.training.make_accelerator, before "
+            "any other"
+        )
+    if kind in ("MEGATRON_LM", "TP"):
+        raise NotImplementedError(
+            f"the loop trains on one device, with DDP, FSDP2 or DeepSpeed, but accelerate was set up for {kind}; "
             "run `accelerate config` again or pass `--multi_gpu` / `--num_processes` alone"
         )
     if kind != "FSDP" and not (_fsdp_was_asked_for() and accelerator.num_processes > 1):
@@ -201,14 +229,15 @@ def _fsdp_was_asked_for() -> bool:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """Return the model behind whatever DDP wraps around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the model behind what DDP or DeepSpeed wraps around it."""
+    wrapped: Any = model
+    return wrapped.module if isinstance(model, DistributedDataParallel) or is_engine(model) else model
 
 
 def whole_model(model: nn.Module) -> AbstractContextManager[Any]:
     """Give the plain model behind what a loss is given, inside a `with` block: to generate with, not to train.
 
-    Under FSDP2 the trained parameters are gathered, which every process must do, and the whole model is on the device
-    meanwhile. Otherwise it is what `unwrapped` returns.
+    Under FSDP2 and ZeRO-3 the trained parameters are gathered, which every process must do, and the whole model is on
+    the device meanwhile. Otherwise it is what `unwrapped` returns.
     """
     return gathered(model) or nullcontext(unwrapped(model))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mopl._restoring import evaluating, seeded
 from mopl.training.checkpoint import trained_state
-from mopl.training.parallel import ShardedModel, WholeModel
+from mopl.training.parallel import Prepared
 
 
 class Selection:
@@ -26,7 +26,7 @@ class Selection:
 
     Args:
         validate: Gives the figure of a model, in evaluation mode, on validation data. It is called on the main process
-            alone, with the plain model on the device that its parameters are on (the CPU under FSDP2).
+            alone, with the plain model on the device that its parameters are on (the CPU under FSDP2 and DeepSpeed).
         every: Steps from one validation to the next.
         patience: Validations without a better figure after which the training ends; None trains all steps.
         maximise: Whether larger figures are better. A figure that is no number is worse than any; while there is none,
@@ -57,7 +57,7 @@ class Selection:
         """Whether patience is at its end."""
         return self.patience is not None and self.waited >= self.patience
 
-    def consider(self, step: int, steps: int, prepared: WholeModel | ShardedModel, accelerator: Any) -> bool:
+    def consider(self, step: int, steps: int, prepared: Prepared, accelerator: Any) -> bool:
         """Validate after `step` of at most `steps` if it is time; every process must call it, and learns the same.
 
         Returns:

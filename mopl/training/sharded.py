@@ -13,7 +13,7 @@ import copy
 import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from mopl._extras import require
 _GATHER = "_mopl_gathered"
 
 
-class ShardedModel:
-    """A sharded copy of a model, trained in its place; its attributes are those of `WholeModel`.
+class CopiedModel:
+    """A copy of a model, trained in its place by processes of which none has all of it.
 
     The model itself waits on the CPU, and its optimizer updates the copy until `finish`. The frozen parameters of both
     share their memory until the copy's shards are on the device. Trained parameters, buffers and the optimizer's state
@@ -35,7 +35,9 @@ class ShardedModel:
         ValueError: If the optimizer has parameters that the model has not, or a parameter is quantised.
     """
 
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, plugin: Any) -> None:
+    model: nn.Module  # what the loss is given
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._accelerator, self._plain, self._optimizer = accelerator, model, optimizer
         self._own = [list(group["params"]) for group in optimizer.param_groups]
         names = {id(p): name for name, p in model.named_parameters()}
@@ -48,21 +50,19 @@ class ShardedModel:
                     "quantisation, or train with DDP (`--multi_gpu`)"
                 )
         broadcast_parameters(model, accelerator.device)
-        before = optimizer.state_dict()
+        self._before = optimizer.state_dict()
         model.to("cpu")
         frozen = (p for p in model.parameters() if not p.requires_grad)
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in frozen}
-        self.model = _shard(copy.deepcopy(model, shared), accelerator, plugin)
-        sharded = dict(self.model.named_parameters())
-        for group, own in zip(optimizer.param_groups, self._own, strict=True):
-            group["params"] = [sharded[names[id(p)]] for p in own]
-        optimizer.state.clear()
-        # accelerate's `prepare` would shard the model its own way, and takes no optimizer alone.
-        self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        if before["state"]:
-            self.load_optimizer(before)
-        # Set aside from the modules: the plain model is no part of the sharded one.
-        self.model.__dict__[_GATHER] = self.on_device
+        self._copy = copy.deepcopy(model, shared)
+        self._names = [[names[id(p)] for p in own] for own in self._own]
+
+    def _update_copy(self) -> None:
+        """Let the optimizer update the copy's parameters from now on."""
+        parameters = dict(self._copy.named_parameters())
+        for group, names in zip(self._optimizer.param_groups, self._names, strict=True):
+            group["params"] = [parameters[name] for name in names]
+        self._optimizer.state.clear()
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[nn.Module]:
@@ -72,6 +72,62 @@ class ShardedModel:
             yield plain.to(self._accelerator.device)
         finally:
             plain.to("cpu")
+
+    def plain(self) -> nn.Module:
+        """Return the plain model, on the CPU, with what was trained so far; every process must call it."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _copy_buffers(self) -> None:
+        plain = dict(self._plain.named_buffers())
+        for name, buffer in self._copy.named_buffers():
+            plain[name].copy_(buffer)
+
+    def finish(self, *, gather: bool) -> None:
+        """Give model and optimizer back to the caller: whole, on the device; the optimizer begins anew.
+
+        With `gather` the model gets what was trained, and every process must do so. After an error in one of them the
+        others cannot take part, and the model stays as it was at the last checkpoint.
+        """
+        if gather:
+            self.plain()
+        for group, own in zip(self._optimizer.param_groups, self._own, strict=True):
+            group["params"] = own
+        self._optimizer.state.clear()
+        del self.model.__dict__[_GATHER]
+        self._let_go()
+        self.model = self._copy = self._plain
+        gc.collect()  # the shards hang in cycles; their memory is needed for the whole model
+        self._plain.to(self._accelerator.device)
+
+    def _let_go(self) -> None:
+        """Undo what is left of the training outside of the copy."""
+
+
+class ShardedModel(CopiedModel):
+    """A copy of a model that FSDP2 has sharded; its attributes are those of `WholeModel`."""
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, plugin: Any) -> None:
+        super().__init__(accelerator, model, optimizer)
+        self.model = _shard(self._copy, accelerator, plugin)
+        self._update_copy()
+        # accelerate's `prepare` would shard the model its own way, and takes no optimizer alone.
+        self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+        if self._before["state"]:
+            self.load_optimizer(self._before)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        mark(self.model, self.on_device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients; outside of `no_sync` they are averaged over the processes."""
+        self._accelerator.backward(loss)
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradient down to a norm of at most `limit`; return the norm that it had."""
+        return float(whole_tensor(self._accelerator.clip_grad_norm_(self._trained, limit)))
+
+    def _let_go(self) -> None:
+        self._trained.clear()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -105,12 +161,11 @@ class ShardedModel:
     @torch.no_grad()
     def plain(self) -> nn.Module:
         """Return the plain model, on the CPU, with what was trained so far; every process must call it."""
-        plain, buffers = dict(self._plain.named_parameters()), dict(self._plain.named_buffers())
+        plain = dict(self._plain.named_parameters())
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 plain[name].copy_(whole_tensor(parameter))
-        for name, buffer in self.model.named_buffers():
-            buffers[name].copy_(buffer)
+        self._copy_buffers()
         return self._plain
 
     @torch.no_grad()
@@ -128,22 +183,6 @@ class ShardedModel:
                 if self._accelerator.is_main_process:
                     whole[number][name] = value.cpu() if isinstance(value, Tensor) else value
         return plain, {**state, "state": whole}
-
-    def finish(self, *, gather: bool) -> None:
-        """Give model and optimizer back to the caller: whole, on the device; the optimizer begins anew.
-
-        With `gather` the model gets what was trained, and every process must do so. After an error in one of them the
-        others cannot take part, and the model stays as it was at the last checkpoint.
-        """
-        if gather:
-            self.plain()
-        for group, own in zip(self._optimizer.param_groups, self._own, strict=True):
-            group["params"] = own
-        self._optimizer.state.clear()
-        del self.model.__dict__[_GATHER]
-        self.model = self._plain
-        gc.collect()  # the shards hang in cycles; their memory is needed for the whole model
-        self._plain.to(self._accelerator.device)
 
 
 def _shard(model: nn.Module, accelerator: Any, plugin: Any) -> nn.Module:
@@ -166,11 +205,11 @@ def _shard(model: nn.Module, accelerator: Any, plugin: Any) -> nn.Module:
         fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
     fully_shard(model, mesh=mesh)
     if accelerator.native_amp:
-        _run_under_autocast(model, accelerator)
+        run_under_autocast(model, accelerator)
     return model
 
 
-def _run_under_autocast(model: nn.Module, accelerator: Any) -> None:
+def run_under_autocast(model: nn.Module, accelerator: Any) -> None:
     """Do to a model's forward what accelerate does to one that is not sharded."""
     require("accelerate")
     from accelerate.utils import convert_outputs_to_fp32
@@ -202,7 +241,12 @@ def whole_tensor(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def mark(model: nn.Module, gather: Callable[[], contextlib.AbstractContextManager[nn.Module]]) -> None:
+    """Let `gathered` find `gather`. It is set aside from the modules: the plain model is no part of the other."""
+    model.__dict__[_GATHER] = gather
+
+
 def gathered(model: nn.Module) -> contextlib.AbstractContextManager[nn.Module] | None:
-    """Return what gives the plain model behind a sharded one, `ShardedModel.on_device`; None for any other model."""
+    """Return what gives the plain model behind a sharded one, `CopiedModel.on_device`; None for any other model."""
     gather = model.__dict__.get(_GATHER)
     return None if gather is None else gather()

@@ -1,6 +1,9 @@
 """Run by tests/clp/test_sharded_rollouts.py on two gloo processes: sharded models that answer in their training.
 
+They are sharded by FSDP2, or by DeepSpeed where ACCELERATE_USE_DEEPSPEED is set.
+
 sharded_rollouts.py PLACE                   what `fit` trains, stopped and resumed; then a guard stops one process
+sharded_rollouts.py PLACE rollouts SCOPE    the same of one scope
 sharded_rollouts.py PLACE clp ARGUMENTS     a command of mopl
 sharded_rollouts.py PLACE distill           `distil`, stopped and resumed
 """
@@ -17,6 +20,7 @@ import shutil
 
 import torch
 from clp_problems import language_model, make_loss, parts, settings
+from deepspeed_site import without_compiled_ops
 from ending import leave
 
 from mopl.alignment import AlignConfig, align
@@ -28,9 +32,10 @@ from mopl.experiments.run_directory import RunInterrupted
 from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.training import TrainingInterrupted, make_accelerator, train
 from mopl.training import loop as training_loop
-from mopl.training.sharded import ShardedModel
+from mopl.training.sharded import CopiedModel
 
 COMPARED, RUNNING = ("attention",), "lora-mixture"  # a running scale depends on who rolls out with whom
+FIXED = "lora-mixture, fixed scale"
 
 
 # What is sampled depends on the number of parts, so processes are compared at as many parts: four.
@@ -41,7 +46,7 @@ def fit(scope, accelerator, place: Path, *, stop=None, resume=False, collapse=Fa
     """Return what is trained after two rollouts of two steps each, all answers drawn by (seed, step, part)."""
     base = language_model()
     config = settings(
-        scope=scope,
+        scope=scope.partition(",")[0],
         epochs=2,
         baseline="value",
         kl_estimator="exact",
@@ -80,8 +85,8 @@ def fit(scope, accelerator, place: Path, *, stop=None, resume=False, collapse=Fa
     return found if policy.running is None else torch.cat([found, policy.running.mean, policy.running.deviation])
 
 
-def rollouts(accelerator, place: Path) -> None:
-    for scope in (*COMPARED, RUNNING):
+def rollouts(accelerator, place: Path, *scopes: str) -> None:
+    for scope in scopes:
         here = place / scope
         found = fit(scope, accelerator, here / "whole")
         fit(scope, accelerator, here / "parts", stop=0 if scope == RUNNING else 1)  # in a rollout, or at its end
@@ -89,13 +94,13 @@ def rollouts(accelerator, place: Path) -> None:
             shutil.copytree(here / "parts", here / "stopped")
         resumed = fit(scope, accelerator, here / "parts", resume=True)
         assert torch.equal(resumed, found), "a resumed training has the bits of one that was never stopped"
-        if scope in COMPARED:
+        if scope != RUNNING:
             taken = fit(scope, accelerator, here / "of-one", resume=True)
             torch.testing.assert_close(taken, found, rtol=0, atol=1e-6)
         if accelerator.is_main_process:
             torch.save(found, place / f"{scope}-2.pt")
     try:
-        fit("attention", accelerator, place / "collapsed", collapse=True)
+        fit(scopes[0], accelerator, place / "collapsed", collapse=True)
     except PolicyCollapsed:
         print("one process was stopped by its guard", flush=True)  # its end is the end of the other's
     except RuntimeError as error:
@@ -106,13 +111,13 @@ def command(arguments: list[str]) -> None:
     from mopl.cli import main as mopl
 
     made = []
-    before = ShardedModel.__init__
+    before = CopiedModel.__init__
 
     def counted(self, *given):
         made.append(None)
         before(self, *given)
 
-    ShardedModel.__init__ = counted
+    CopiedModel.__init__ = counted
     assert mopl(arguments) == 0
     assert len(made) == 2, "one for each expert"
 
@@ -152,11 +157,15 @@ def distil(accelerator, place: Path) -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        without_compiled_ops()
     accelerator, where = make_accelerator(cpu=True), Path(sys.argv[1])
     assert accelerator.num_processes == 2
     match sys.argv[2:]:
         case []:
-            rollouts(accelerator, where)
+            rollouts(accelerator, where, *COMPARED, RUNNING)
+        case ["rollouts", *scopes]:
+            rollouts(accelerator, where, *scopes)
         case ["distill"]:
             distil(accelerator, where)
         case ["clp", *arguments]:

@@ -6,7 +6,8 @@ As in `fuse_gradients.py`, each rank has half of the batch; gradients must equal
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [here, os.path.dirname(here)]
 
 import torch
 
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.utils import safe_get_full_grad
+from deepspeed_site import without_compiled_ops
 from ending import leave
 from fuse_gradients import batch_of, build, gradients, step
 
@@ -35,13 +37,13 @@ def engine_of(partitioned_first: bool, tied: bool):
     """Return an engine: `fuse` before ZeRO-3 cuts the parameters, or, as transformers loads large models, after."""
     if partitioned_first:
         with deepspeed.zero.Init(config_dict_or_path=CONFIG):
-            model = build(tied)
-        state = build(tied).state_dict()
+            model = build(tied, torch.float32)
+        state = build(tied, torch.float32).state_dict()
         with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
             if torch.distributed.get_rank() == 0:
                 model.load_state_dict(state)
     else:
-        model = build(tied)
+        model = build(tied, torch.float32)
     optimizer = torch.optim.SGD(fuse(model).parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
     return engine
@@ -49,15 +51,14 @@ def engine_of(partitioned_first: bool, tied: bool):
 
 def main() -> None:
     if not torch.cuda.is_available():
-        # Its collectives on shared memory would be compiled first, for minutes; gloo serves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_compiled_ops()
     deepspeed.init_distributed(None if torch.cuda.is_available() else "gloo")
     rank = torch.distributed.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)
     upstream = torch.tensor([0.7, -1.3, 2.0, 0.2])
     failures = []
     for tied in (False, True):
-        single = fuse(build(tied))
+        single = fuse(build(tied, torch.float32))
         step(single, batch_of(slice(0, 4)), upstream)
         expected = gradients(single)
         for partitioned_first in (False, True):
