@@ -72,14 +72,17 @@ class SequenceScores:
 
 
 @contextlib.contextmanager
-def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[list[Any]]:
-    """Give `head` another forward for a moment, with its hooks (FSDP, DeepSpeed) around it; yield what it returned."""
+def _forward_replaced(head: nn.Module, forward: Any, around: nn.Module | None = None) -> Iterator[list[Any]]:
+    """Give `head` another forward for a moment, with its hooks (FSDP, DeepSpeed) around it; yield what it returned.
+
+    Where PEFT's wrapper is `around` the head, its hooks are, too, and it is what the wrapper returned.
+    """
     missing = object()
     before = head.__dict__.get("forward", missing)
     head.forward = forward
     returned: list[Any] = []
     # The newest hook is the last to run: it sees the output as the others leave it.
-    handle = head.register_forward_hook(lambda module, inputs, output: returned.append(output))
+    handle = (around or head).register_forward_hook(lambda module, inputs, output: returned.append(output))
     try:
         yield returned
     finally:
@@ -264,7 +267,7 @@ class FusedForward:
         kwargs.pop("labels", None)
         # What gathers the head for the backward hangs on its output (FSDP: a hook on this tensor; DeepSpeed: another
         # tensor behind it), so the results must be taken from what the head's hooks returned.
-        with _forward_replaced(current, head_forward) as result:
+        with _forward_replaced(current, head_forward, self.model.get_output_embeddings()) as result:
             output = self.original(**kwargs)
         if len(result) != 1:
             raise UnsupportedModelError(f"{name} called its output head {len(result)} times")
