@@ -62,6 +62,10 @@ class StepTrainer(CheckedTrainer):
         self._places = iter(places)
         return samples, items
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Put a batch on the device; under DeepSpeed `Trainer` would round labels, weights and references to 16 bit."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def _place(self, lists: int) -> tuple[int, float]:
         """Return where these lists stand in the step's batch, and the factor on the sum of their losses."""
         alone = (0, 1.0 / lists)  # of a batch that no step fetched
