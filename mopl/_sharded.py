@@ -5,11 +5,11 @@ sharded they change nothing. Where a group of layers stays whole behind its forw
 FSDP2 and small parameters do under ZeRO-3, it stands in the way of both: nobody would see that what it was gathered
 from is another value now, or what of it is trained. `resharded` therefore surrounds them.
 
-| sharded by | a parameter is                          | the share of a process       | the optimizer updates           |
-|------------|-----------------------------------------|------------------------------|---------------------------------|
-| FSDP2      | a DTensor                               | its local tensor             | the parameter                   |
-| ZeRO-3     | empty while nobody has gathered it      | `ds_tensor`, flat and padded | a copy in float32, cut likewise |
-| ZeRO-1, -2 | whole                                   |                              | a part of a copy in float32     |
+| sharded by | a parameter is                     | the share of a process       | the optimizer updates           |
+|------------|------------------------------------|------------------------------|---------------------------------|
+| FSDP2      | a DTensor                          | its local tensor             | the parameter                   |
+| ZeRO-3     | empty while nobody has gathered it | `ds_tensor`, flat and padded | a copy in float32, cut likewise |
+| ZeRO-1, -2 | whole                              |                              | a part of a copy in float32     |
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def is_dtensor(tensor: Tensor) -> bool:
 def is_partitioned(tensor: Tensor) -> bool:
     """Say whether a parameter is one that ZeRO-3 has cut."""
     return getattr(tensor, "ds_tensor", None) is not None
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of a parameter, also where ZeRO-3 leaves an empty tensor in its place between uses."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def is_sharded(model: nn.Module) -> bool:

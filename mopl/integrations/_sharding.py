@@ -1,9 +1,9 @@
 """How the trainers' models stand under FSDP2 and DeepSpeed as accelerate applies them; what is refused there, and why.
 
-Under FSDP2 accelerate's `prepare` calls `fully_shard` on each layer, on embeddings, on the last norm with the head, on all of it.
-A model around another one is all of it then: its own parameters (a prompt, say) are in the last group, which is whole
-from the beginning of its forward pass to the end of the backward pass. Under DeepSpeed an engine is around the model,
-which stays the trainer's `model`: ZeRO-1 and -2 leave it whole, and ZeRO-3 hooks itself to each of its modules.
+Under FSDP2 accelerate's `prepare` calls `fully_shard` on each layer, on embeddings, on the last norm with the head, on
+all of it. A model around another one is all of it then: its own parameters (a prompt, say) are in the last group, which
+is whole from the beginning of its forward pass to the end of the backward pass. Under DeepSpeed an engine is around the
+model, which stays the trainer's `model`: ZeRO-1 and -2 leave it whole, and ZeRO-3 hooks itself to each of its modules.
 """
 
 from __future__ import annotations
@@ -74,6 +74,17 @@ def check_sharding(accelerator: Any, model: Any) -> None:
             f"fsdp_activation_checkpointing is set, which wraps the layers of a {name}: parameters get other names, "
             "and layers are computed again without what they are conditioned on; leave it out and pass "
             "gradient_checkpointing=True to the trainer"
+        )
+
+
+def refuse_loaded_in_shards(model: Any) -> None:
+    """Raise where a copy of a model, or a forward pass before training, would need parameters that are shards now."""
+    if is_sharded(model):
+        raise NotImplementedError(
+            f"the {type(model).__name__} was loaded in shards, because ZeRO-3 was asked for before, and its reference "
+            "would be a copy of it, or be computed before the training; load the model before the trainer's config is "
+            "made, pass ref_model, or fill the columns ref_chosen_logps and ref_rejected_logps with "
+            "mopl.integrations.trl.with_reference_logps in one process"
         )
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
-from mopl._sharded import is_dtensor
+from mopl._sharded import is_dtensor, is_partitioned, whole_shape
 from mopl._threads import Turns, in_turn, measuring
 from mopl.conditioning.causal_lm import is_peft
 from mopl.language_models._head_scores import IGNORE_INDEX as IGNORE_INDEX
@@ -47,7 +47,6 @@ from mopl.language_models._head_scores import (
     fit_transform,
     numbers_of,
     score_hidden,
-    whole_shape,
 )
 from mopl.language_models._split_head import SplitHead
 from mopl.language_models._target_rows import TargetRows
@@ -214,7 +213,9 @@ class FusedForward:
     def measure_if_whole(self) -> None:
         """Measure now, unless weights are elsewhere or in parts: then the first call does, which brings them."""
         weight = find_head(self.model).weight
-        if not weight.is_meta and weight.shape == whole_shape(weight) and not hasattr(weight, "full_tensor"):
+        # Of a model loaded in shards of ZeRO-3, the head that PEFT copied is whole.
+        cut = hasattr(weight, "full_tensor") or any(map(is_partitioned, self.model.parameters()))
+        if not weight.is_meta and not cut:
             self.measure()
 
     @in_turn
