@@ -177,8 +177,7 @@ class SavedModel(nn.Module):
         with self._whole(True, changed=True):
             self._read_state(folder)
             if not is_sharded(self):
-                set_adapters(self.model, states)
-                return set_copies(*[{n: p for n, p in self.named_parameters() if p.requires_grad}] * 2)
+                return set_adapters(self.model, states)
             for name, state in states.items():  # PEFT would load them by what FSDP2 watches
                 own = {**self.model.state_dict(), **adapter_state(self.model, name)}
                 for key, value in state.items():
@@ -194,7 +193,8 @@ class SavedModel(nn.Module):
         """
         if not is_sharded(self):
             yield
-            return
+            own = dict(self.named_parameters()) if changed else {}
+            return set_copies(own, own)
         with resharded(self):
             own = {name: p for name, p in self.named_parameters() if self._is_in_files(name, p)}
             whole = gathered(own, keep=present)
