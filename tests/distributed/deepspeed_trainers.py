@@ -25,7 +25,7 @@ IN_SHARDS = ", loaded in shards"  # by transformers, where the config is there b
 BOTH = ("conditioned", "lora mixture", "plain")
 KINDS = {
     2: (*BOTH, "parameter mixture"),
-    3: (*BOTH, "adapters", "reference adapter", "words", "weighted reference", "copied head", f"conditioned{IN_SHARDS}"),
+    3: (*BOTH, "reference adapter", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}"),
 }
 FOUR = {2: ("lora mixture",), 3: ("lora mixture", "words")}
 SAVED = {2: ("conditioned", "words"), 3: ("conditioned", "lora mixture", "words")}
@@ -58,12 +58,10 @@ def build(kind: str):
 def loaded_in_shards(kind: str, place: Path):
     """Build a model around one that transformers loads in shards."""
     folder, made = place / "tiny", transformers.LlamaForCausalLM
-    if not folder.exists():
-        raise FileNotFoundError(folder)
     arguments = MultiObjectiveConfig(str(place / "arguments"), report_to="none", **options(3))
 
     def load(_):
-        model = made(_)  # draws as many numbers as elsewhere
+        made(_)  # draws as many numbers as elsewhere
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     transformers.LlamaForCausalLM = load
@@ -153,9 +151,7 @@ def precision(place: Path, kind: str, stage: int) -> None:
 
     WeightedModel._unless_fixed, FusedOutput.filled = spy, staticmethod(note)
     try:
-        trainer = small.make(
-            kind, place / "bf16", 2, model=model, more=more, bf16=True, max_steps=1, **options(stage)
-        )
+        trainer = small.make(kind, place / "bf16", 2, model=model, more=more, bf16=True, max_steps=1, **options(stage))
         reference = trainer._reference
         trainer._reference = lambda *given: seen["reference"].append(reference(*given)) or seen["reference"][-1]
         trainer.train()
