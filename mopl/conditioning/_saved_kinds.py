@@ -173,8 +173,8 @@ class SavedModel(nn.Module):
                     f"{folder} has {key} {config[key]!r} but the model {mine[key]!r}, for which its weights were not "
                     "trained; load it by from_pretrained"
                 )
-        states = read_adapters(self.model, {name: adapter_folder(folder, name) for name in found})
         with self._whole(True, changed=True):
+            states = read_adapters(self.model, {name: adapter_folder(folder, name) for name in found})
             self._read_state(folder)
             if not is_sharded(self):
                 return set_adapters(self.model, states)
