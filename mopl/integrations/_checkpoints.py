@@ -31,8 +31,14 @@ class CheckedTrainer(Trainer):
         """Train, as `Trainer` does it.
 
         Raises:
-            ValueError: If no parameter of the model is trained.
+            ValueError: If no parameter of the model is trained, or DeepSpeed has prepared it for evaluation alone.
         """
+        engine = getattr(self, "deepspeed", None)
+        if engine is not None and not hasattr(engine.optimizer, "step"):
+            raise ValueError(
+                "evaluate() or predict() came before train(), for which DeepSpeed made an engine without an optimizer; "
+                "pass eval_on_start=True in its place, or make another trainer for the training"
+            )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
@@ -56,7 +62,7 @@ class WeightedCheckpoints(CheckedTrainer):
         """Train, as `Trainer` does it.
 
         Raises:
-            ValueError: If no parameter of the model is trained, or a checkpoint is of another reference.
+            ValueError: As `CheckedTrainer.train`, and if a checkpoint is of another reference.
         """
         with self._without_frozen():
             return super().train(*args, **kwargs)

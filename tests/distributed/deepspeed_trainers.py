@@ -22,13 +22,13 @@ from mopl.integrations.transformers import MultiObjectiveConfig
 from mopl.language_models.head import FusedOutput
 
 IN_SHARDS = ", loaded in shards"  # by transformers, where the config is there before the model
-BOTH = ("conditioned", "lora mixture", "plain")
 KINDS = {
-    2: (*BOTH, "parameter mixture"),
-    3: (*BOTH, "reference adapter", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}"),
+    2: ("conditioned", "plain", "parameter mixture"),
+    3: ("conditioned", "lora mixture", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}"),
 }
 FOUR = {2: ("lora mixture",), 3: ("lora mixture", "words")}
-SAVED = {2: ("conditioned", "words"), 3: ("conditioned", "lora mixture", "words")}
+SAVED = {2: ("conditioned",), 3: ("lora mixture", "words")}
+
 
 
 def config(stage: int, **more) -> dict:
@@ -86,7 +86,7 @@ def run(kind: str, place: Path, processes: int, stage: int) -> dict:
     found = small.measured(trainer, kind)
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine", f"{kind} was not trained by DeepSpeed"
     assert is_sharded(model) == (stage == 3)
-    other = kind in ("plain", "words", "weighted reference") or (kind == "parameter mixture")
+    other = kind in ("plain", "words", "weighted reference", "parameter mixture")
     assert (found["reference"] == "DeepSpeedEngine") == other, f"{kind}: {found['reference']}"
     return {**found, "parameters": trained(trainer)}
 
@@ -165,6 +165,19 @@ def precision(place: Path, kind: str, stage: int) -> None:
     assert all(torch.allclose(w.sum(-1), torch.ones(()), atol=1e-6) for w in seen["weights"])
 
 
+def evaluated_first(place: Path) -> None:
+    """An engine that was made for an evaluation cannot train."""
+    model, more = build("conditioned")
+    trainer = small.make("conditioned", place / "first", 2, model=model, more=more, **options(3))
+    assert trainer.evaluate()["eval_loss"] > 0
+    try:
+        trainer.train()
+    except ValueError as error:
+        assert "pass eval_on_start=True" in str(error)
+    else:
+        raise AssertionError("a training without an optimizer")
+
+
 def rollouts(place: Path) -> None:
     """GRPO under ZeRO-2 samples and trains what it does under DDP."""
     import grpo_cases
@@ -204,6 +217,8 @@ def main(place: Path, processes: int, stage: int) -> None:
         if first:
             torch.save(found, place / f"{kind}-{stage}-{processes}.pt")
     if processes == 2:
+        if stage == 3:
+            evaluated_first(place)
         for kind in SAVED[stage]:
             checkpoints(place, kind, stage, first)
         precision(place, "conditioned" if stage == 3 else "plain", stage)
