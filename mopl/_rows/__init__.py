@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mopl._rows.probe import measured
 from mopl._rows.styles import Finding, Style, UnsupportedModelError, embedding_of, packed_keywords, positions_of
+from mopl._sharded import whole_shape
 
 __all__ = [
     "UnsupportedModelError", "arranged", "check_from_zero", "check_rows", "generation_keywords", "takes_left_padding",
@@ -81,7 +82,7 @@ def check_rows(model: Any, *, packed: bool = False, virtual: bool = False, gener
         UnsupportedModelError: If one of them would be.
     """
     weight = embedding_of(model).weight
-    if not _measurable(model) or weight.shape != getattr(weight, "ds_shape", weight.shape):
+    if not _measurable(model) or weight.shape != whole_shape(weight):
         return  # measured in the first forward pass, which brings the weights
     of_rows = "packed" if packed else "positioned" if virtual else "padded"
     rows = [(of_rows, False), (of_rows, True)][: 1 + virtual]

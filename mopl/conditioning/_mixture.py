@@ -178,7 +178,7 @@ class Mixture(WeightedModel):
         """Return the coefficients (sets,) of one mixture, to be made now."""
         if is_sharded(self):
             raise RuntimeError(
-                "the model is sharded by FSDP2, where no process has the parameters of a mixture whole; call "
+                "the model is sharded by FSDP2 or ZeRO-3, where no process has the parameters of a mixture whole; call "
                 "save_pretrained in every process and load the folder in one, or generate with weights"
             )
         self.conditions(weights, beta, kl_weight)

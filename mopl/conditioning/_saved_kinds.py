@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._records import damaged, read_json
-from mopl._sharded import gathered, is_sharded, resharded, set_shards
+from mopl._sharded import gathered, is_sharded, resharded, set_copies, set_shards
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
 from mopl.conditioning.adapted import adapter_state, held, shared_places
@@ -72,8 +72,8 @@ class SavedModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike[str], **options: Any) -> None:
         """Write `mopl.json` and what was trained into a folder, without a base model that is frozen.
 
-        A `ParameterMixture`, and a `TextPromptModel` of a model without adapters, write the whole model. Where FSDP2
-        has sharded the model, every process must call this: the first one writes the whole tensors.
+        A `ParameterMixture`, and a `TextPromptModel` of a model without adapters, write the whole model. Where FSDP2 or
+        ZeRO-3 has sharded the model, every process must call this: the first one writes the whole tensors.
 
         Args:
             directory: The folder.
@@ -173,8 +173,8 @@ class SavedModel(nn.Module):
                     f"{folder} has {key} {config[key]!r} but the model {mine[key]!r}, for which its weights were not "
                     "trained; load it by from_pretrained"
                 )
-        states = read_adapters(self.model, {name: adapter_folder(folder, name) for name in found})
         with self._whole(True, changed=True):
+            states = read_adapters(self.model, {name: adapter_folder(folder, name) for name in found})
             self._read_state(folder)
             if not is_sharded(self):
                 return set_adapters(self.model, states)
@@ -185,7 +185,7 @@ class SavedModel(nn.Module):
 
     @contextlib.contextmanager
     def _whole(self, present: bool, *, changed: bool = False) -> Iterator[None]:
-        """Have the parameters that files hold whole inside a `with` block, if FSDP2 has sharded the model.
+        """Have the parameters that files hold whole inside a `with` block, if the model is sharded.
 
         Args:
             present: Whether this process has them; the others only do their part.
@@ -193,7 +193,8 @@ class SavedModel(nn.Module):
         """
         if not is_sharded(self):
             yield
-            return
+            own = dict(self.named_parameters()) if changed else {}
+            return set_copies(own, own)
         with resharded(self):
             own = {name: p for name, p in self.named_parameters() if self._is_in_files(name, p)}
             whole = gathered(own, keep=present)
@@ -201,6 +202,7 @@ class SavedModel(nn.Module):
                 yield
             if changed:
                 set_shards(own, whole)
+                set_copies(own, whole)
 
     def _is_in_files(self, name: str, parameter: nn.Parameter) -> bool:
         if not name.startswith("model."):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._restoring import requires_grad_kept
+from mopl._sharded import whole_shape
 from mopl._threads import Turns
 from mopl.conditioning.hyper_prompt import HyperPrompt
 
@@ -118,7 +119,7 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
         raise ValueError(f"{name}.forward takes no inputs_embeds, so virtual tokens cannot be put in front")
     if getattr(text_config(base), "hidden_size_per_layer_input", 0):
         raise ValueError(f"{name} embeds tokens again in every layer, which virtual tokens have no answer for")
-    width = base.get_input_embeddings().weight.shape[1]
+    width = whole_shape(base.get_input_embeddings().weight)[1]
     if width != prompt.hidden:
         raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
     check_no_prompt(model)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._restoring import freeze, frozen_parameters
+from mopl._sharded import gathered
 from mopl._tensor_files import check_shapes
 from mopl.conditioning._prompted import PromptedModel
 from mopl.conditioning.causal_lm import check_no_prompt, is_peft
@@ -168,7 +169,8 @@ class TextPromptModel(PromptedModel):
 
     def _load_inside(self, directory: str | os.PathLike[str]) -> None:
         own = self.model.state_dict()
-        found = _whole_model(Path(directory), {"dtype": self.model.dtype}).state_dict()
+        loaded = _whole_model(Path(directory), {"dtype": self.model.dtype})
+        found = gathered(loaded.state_dict(keep_vars=True), keep=True)  # where ZeRO-3 is asked for, it comes in shards
         shapes = ({name: value.shape for name, value in each.items()} for each in (found, own))
         check_shapes(Path(directory), *shapes, remedy=f"{REMEDY}; or pass the base model it is for")
         for name, value in found.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,14 @@ class CheckedTrainer(Trainer):
         """Train, as `Trainer` does it.
 
         Raises:
-            ValueError: If no parameter of the model is trained.
+            ValueError: If no parameter of the model is trained, or DeepSpeed has prepared it for evaluation alone.
         """
+        engine = getattr(self, "deepspeed", None)
+        if engine is not None and not hasattr(engine.optimizer, "step"):
+            raise ValueError(
+                "evaluate() or predict() came before train(), for which DeepSpeed made an engine without an optimizer; "
+                "pass eval_on_start=True in its place, or make another trainer for the training"
+            )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
@@ -40,10 +48,42 @@ class CheckedTrainer(Trainer):
 
 
 class WeightedCheckpoints(CheckedTrainer):
-    """A `Trainer` that writes and reads a `WeightedModel` by its own files; stands in front of any other trainer."""
+    """A `Trainer` that writes and reads a `WeightedModel` by its own files; stands in front of any other trainer.
 
+    An engine of DeepSpeed writes and reads its own beside them: what is trained, in float32, and the optimizer's state.
+    """
+
+    deepspeed: Any  # the engine
+    model_wrapped: Any
     own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
     reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `Trainer` does it.
+
+        Raises:
+            ValueError: As `CheckedTrainer.train`, and if a checkpoint is of another reference.
+        """
+        with self._without_frozen():
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _without_frozen(self) -> Iterator[None]:
+        """Let files of DeepSpeed lack what is not trained, inside a `with` block."""
+        model = self.model
+        if not self.is_deepspeed_enabled or not isinstance(model, WeightedModel):
+            yield
+            return
+
+        def leave_out(_: Any, keys: Any) -> None:
+            frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+            keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+        handle = model.register_load_state_dict_post_hook(leave_out)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -54,13 +94,13 @@ class WeightedCheckpoints(CheckedTrainer):
         return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model, as `Trainer` does it; a `WeightedModel` that FSDP2 has sharded whole, in its own files.
+        """Write the model, as `Trainer` does it; a `WeightedModel` whole, in its own files, also if it is sharded.
 
         Args:
             output_dir: The folder; by default that of the arguments.
             _internal_call: As in `Trainer`.
         """
-        if not isinstance(self.model, WeightedModel) or not is_sharded(self.model):
+        if not isinstance(self.model, WeightedModel) or not (self.is_deepspeed_enabled or is_sharded(self.model)):
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir)  # in every process, whatever kind of state accelerate was asked for
         if self.args.push_to_hub and not _internal_call:
@@ -86,16 +126,24 @@ class WeightedCheckpoints(CheckedTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
         """Write the state of optimizer and schedule; of a sharded `WeightedModel` without what its own files have."""
-        if not isinstance(self.model, WeightedModel) or not is_sharded(self.model):
+        if not isinstance(self.model, WeightedModel) or not (self.is_deepspeed_enabled or is_sharded(self.model)):
             return super()._save_optimizer_and_scheduler(output_dir)
-        from accelerate.utils import save_fsdp_optimizer
-
         # Trainer would write all parameters once more, those of the frozen model inside included.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            schedule: Any = self.lr_scheduler
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            from accelerate.utils import save_fsdp_optimizer
+
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        schedule: Any = self.lr_scheduler
+        if self.args.should_save and type(schedule).__name__ != "DeepSpeedSchedulerWrapper":  # the engine's own
             torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.is_deepspeed_enabled:  # whose engine has read the model
+            check_same_reference(Path(checkpoint), self.reference_is)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_reference(Path(resume_from_checkpoint), self.reference_is)
@@ -106,8 +154,14 @@ class WeightedCheckpoints(CheckedTrainer):
     def _load_best_model(self) -> None:
         if not isinstance(self.model, WeightedModel):
             return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._load_weights(self.state.best_model_checkpoint)
+        folder = self.state.best_model_checkpoint
+        assert folder is not None
+        if not self.is_deepspeed_enabled:
+            return self._load_weights(folder)
+        from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+        with self._without_frozen():
+            deepspeed_load_checkpoint(self.model_wrapped, folder)
 
     def _load_weights(self, folder: str) -> None:
         file = self.model.WEIGHTS_FILE or CONFIG_FILE

@@ -11,7 +11,7 @@ from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._rollouts import RolloutArguments
 from mopl.integrations._setup import recomputes
-from mopl.integrations._sharding import SHARDED
+from mopl.integrations._sharding import cuts_parameters
 from mopl.training.parallel import distribution_of
 
 OLDEST = (1, 15)
@@ -29,11 +29,12 @@ def check_release(version: str) -> None:
 
 def refuse_sharded_rollouts(accelerator: Any, model: Any) -> None:
     """Raise where completions of a model that takes weights would be sampled from shards."""
-    if (kind := distribution_of(accelerator)) in SHARDED:
+    if cuts_parameters(accelerator):
+        kind = distribution_of(accelerator)
         raise NotImplementedError(
             f"a {type(model).__name__} samples completions by its own generate, and under {kind} the processes gather "
             "each layer together for each token, so that one whose completions end early would leave the others "
-            "waiting; train on one device or under DDP"
+            f"waiting; train on one device{', under ZeRO-2' if kind == 'DEEPSPEED' else ''} or under DDP"
         )
 
 

@@ -26,7 +26,7 @@ from mopl.integrations._data import BETA, REFERENCE_COLUMNS, WEIGHTS, Example, E
 from mopl.integrations._options import check_options
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._sharding import SHARDED
+from mopl.integrations._sharding import cuts_parameters
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.head import fuse
@@ -309,7 +309,7 @@ def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> No
             f"a {type(model).__name__} has one trade-off for each row, and a packed row holds many lists; pass "
             "padding_free=False"
         )
-    if distribution_of(accelerator) not in SHARDED:
+    if not cuts_parameters(accelerator):
         virtual = weighted is not None and weighted.takes_embeddings
         check_rows(causal_lm_of(model), packed=collator.packed, virtual=virtual)
 

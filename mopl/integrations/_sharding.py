@@ -1,8 +1,9 @@
-"""How the trainers' models stand under FSDP2 as accelerate applies it, and what is refused there, and why.
+"""How the trainers' models stand under FSDP2 and DeepSpeed as accelerate applies them; what is refused there, and why.
 
-accelerate's `prepare` calls `fully_shard` on each layer, on embeddings, on the last norm with the head, on all of it.
-A model around another one is all of it then: its own parameters (a prompt, say) are in the last group, which is whole
-from the beginning of its forward pass to the end of the backward pass.
+Under FSDP2 accelerate's `prepare` calls `fully_shard` on each layer, on embeddings, on the last norm with the head, on
+all of it. A model around another one is all of it then: its own parameters (a prompt, say) are in the last group, which
+is whole from the beginning of its forward pass to the end of the backward pass. Under DeepSpeed an engine is around the
+model, which stays the trainer's `model`: ZeRO-1 and -2 leave it whole, and ZeRO-3 hooks itself to each of its modules.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import dataclasses
 from typing import Any
 
 from mopl._extras import require
-from mopl.conditioning.weighted import WeightedModel
+from mopl._sharded import is_sharded
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.training.parallel import distribution_of
 from mopl.training.sharded import broadcast_parameters
 
@@ -30,6 +32,17 @@ def refuse_sharded_moving(accelerator: Any) -> None:
         )
 
 
+def zero_stage(accelerator: Any) -> int:
+    """Return the stage of ZeRO that a training has, 0 without DeepSpeed."""
+    return int(accelerator.state.deepspeed_plugin.zero_stage) if distribution_of(accelerator) == "DEEPSPEED" else 0
+
+
+def cuts_parameters(accelerator: Any) -> bool:
+    """Say whether no process of a training has the whole model."""
+    kind = distribution_of(accelerator)
+    return kind in SHARDED and (kind != "DEEPSPEED" or zero_stage(accelerator) == 3)
+
+
 def check_sharding(accelerator: Any, model: Any) -> None:
     """Raise where a model would have to be sharded in a way that is not its own.
 
@@ -40,11 +53,14 @@ def check_sharding(accelerator: Any, model: Any) -> None:
     if (kind := distribution_of(accelerator)) not in SHARDED:
         return
     name = type(model).__name__
-    if isinstance(model, WeightedModel) and not model.SHARDS:
+    if cuts_parameters(accelerator) and isinstance(model, WeightedModel) and not model.SHARDS:
+        other = ", under ZeRO-2" if kind == "DEEPSPEED" else ""
         raise NotImplementedError(
             f"a {name} mixes its parameters before its layers run, and under {kind} no process has them whole then; "
-            "train it on one device or under DDP, or take a LoraMixture"
+            f"train it on one device{other} or under DDP, or take a LoraMixture"
         )
+    if kind == "DEEPSPEED":
+        return _check_zero(accelerator, model)
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if kind != "FSDP" or plugin.fsdp_version != 2:
         found = f"version {plugin.fsdp_version} of FSDP" if kind == "FSDP" else kind
@@ -61,6 +77,17 @@ def check_sharding(accelerator: Any, model: Any) -> None:
         )
 
 
+def refuse_loaded_in_shards(model: Any) -> None:
+    """Raise where a copy of a model, or a forward pass before training, would need parameters that are shards now."""
+    if is_sharded(model):
+        raise NotImplementedError(
+            f"the {type(model).__name__} was loaded in shards, because ZeRO-3 was asked for before, and its reference "
+            "would be a copy of it, or be computed before the training; load the model before the trainer's config is "
+            "made, pass ref_model, or fill the columns ref_chosen_logps and ref_rejected_logps with "
+            "mopl.integrations.trl.with_reference_logps in one process"
+        )
+
+
 def prepare_sharding(accelerator: Any, *, model: Any = None) -> None:
     """Let FSDP2 as accelerate applies it, if it does, train what one process would.
 
@@ -72,10 +99,13 @@ def prepare_sharding(accelerator: Any, *, model: Any = None) -> None:
         model: The policy, if all processes are to have the first one's values, as under DDP; FSDP2 leaves each the
             shard of its own.
     """
-    if distribution_of(accelerator) != "FSDP":
+    kind = distribution_of(accelerator)
+    if kind not in ("FSDP", "DEEPSPEED"):
         return
-    if model is not None:
+    if model is not None and not is_sharded(model):
         broadcast_parameters(model, accelerator.device)
+    if kind == "DEEPSPEED":
+        return
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         # Layers compute in the precision of their parameters and of autocast, as under DDP.
@@ -85,6 +115,8 @@ def prepare_sharding(accelerator: Any, *, model: Any = None) -> None:
 
 def prepare_reference(accelerator: Any, model: Any) -> Any:
     """Return a reference beside the policy as the processes of a training use it: sharded where the policy is."""
+    if distribution_of(accelerator) == "DEEPSPEED":
+        return _zero_reference(accelerator, model)
     if distribution_of(accelerator) != "FSDP" or accelerator.state.fsdp_plugin.fsdp_version != 2:
         return accelerator.prepare_model(model, evaluation_mode=True)
     from accelerate.utils import fsdp2_prepare_model
@@ -97,3 +129,50 @@ def prepare_reference(accelerator: Any, model: Any) -> Any:
         return fsdp2_prepare_model(accelerator, model)
     finally:
         accelerator.state.fsdp_plugin = before
+
+
+# ---------------------------------------------------------------- DeepSpeed
+
+
+def _check_zero(accelerator: Any, model: Any) -> None:
+    """Raise for settings of ZeRO by which a process does not have the shares that other values could be put into."""
+    name, plugin = type(model).__name__, accelerator.state.deepspeed_plugin
+    settings = plugin.deepspeed_config.get("zero_optimization", {})
+    offloaded = (settings.get("offload_param") or {}).get("device", "none")
+    refused = {
+        "offload_param to nvme": offloaded == "nvme",
+        "zero_hpz_partition_size": settings.get("zero_hpz_partition_size", 1) > 1,
+        "mics_shard_size": settings.get("mics_shard_size", -1) > 0,
+        "zero_quantized_weights": settings.get("zero_quantized_weights", False),
+        "zero_quantized_nontrainable_weights": settings.get("zero_quantized_nontrainable_weights", False),
+    }
+    for setting, present in refused.items():
+        if present:
+            raise NotImplementedError(
+                f"{setting} is set in the configuration of DeepSpeed, under which the shares of the parameters of a "
+                f"{name} stand elsewhere or are rounded; leave it out"
+            )
+
+
+def _zero_reference(accelerator: Any, model: Any) -> Any:
+    """Return a reference behind an engine of its own: cut under ZeRO-3, else whole, in the precision of the policy."""
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    settings = config["zero_optimization"]
+    if zero_stage(accelerator) != 3:
+        settings["stage"] = 0
+    for name in ("optimizer", "scheduler"):  # an engine without an optimizer would fail over them
+        config.pop(name, None)
+    settings.pop("offload_optimizer", None)
+    # transformers fills these in when it knows the number of steps.
+    width = causal_lm_of(model).get_input_embeddings().embedding_dim
+    sizes = {
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    settings.update({name: size for name, size in sizes.items() if settings.get(name) == "auto"})
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()  # which gives nothing back
+    return engine

@@ -26,7 +26,7 @@ from mopl.integrations._data import REFERENCE_COLUMNS, Examples, Extras
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._setup import check_objectives, check_reference, check_store
-from mopl.integrations._sharding import check_sharding, prepare_sharding
+from mopl.integrations._sharding import check_sharding, prepare_sharding, refuse_loaded_in_shards
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.model_identity import checksum, identity_of
@@ -61,6 +61,10 @@ class StepTrainer(CheckedTrainer):
             places.append((before, processes * len(counts) / total))
         self._places = iter(places)
         return samples, items
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Put a batch on the device; under DeepSpeed `Trainer` would round labels, weights and references to 16 bit."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _place(self, lists: int) -> tuple[int, float]:
         """Return where these lists stand in the step's batch, and the factor on the sum of their losses."""
@@ -112,11 +116,14 @@ class ListTrainer(WeightedCheckpoints, StepTrainer):
             self.reference_conditions = Conditions.of(model)
         if given:
             return None
+        if self._precompute:
+            refuse_loaded_in_shards(model)
         if self.own is not None:
             self.reference_is = self.own.fingerprint(model)
             return None
         # All of the model is trained. Where its start does not depend on w it is that of the model inside.
         start = model if varies else inner
+        refuse_loaded_in_shards(start)
         self.reference_is = f"model {checksum(start.named_parameters())}"
         return None if self._precompute else copy.deepcopy(start)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._rows import UnsupportedModelError
-from mopl._sharded import is_dtensor
+from mopl._sharded import is_dtensor, whole_shape
 from mopl.conditioning.adapted import mixed_copies
 from mopl.language_models._split_head import SplitHead
 from mopl.ops import linear_jsd, linear_kl, linear_logprob
@@ -133,11 +133,6 @@ class FusedOutput:
 
 
 # ---------------------------------------------------------------- the head
-
-
-def whole_shape(weight: Tensor) -> torch.Size:
-    """Return the shape of a weight, also where ZeRO-3 leaves an empty tensor in its place between uses."""
-    return getattr(weight, "ds_shape", weight.shape)
 
 
 def find_head(model: nn.Module) -> Any:

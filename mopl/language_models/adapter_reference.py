@@ -29,7 +29,7 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
-from mopl._sharded import is_sharded, resharded, shard_of, shards_replaced
+from mopl._sharded import gathered, is_partitioned, is_sharded, resharded, shard_of, shards_replaced
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.adapted import adapter_state, held, shared_places
 from mopl.conditioning.causal_lm import adapters_off, is_peft
@@ -68,7 +68,9 @@ class OwnReference:
             self.kind = "base"
         else:
             self.kind = "start"
-            self._start = {n: p.detach().clone() for n, p in inner.named_parameters() if p.requires_grad}
+            trained = {n: p for n, p in inner.named_parameters() if p.requires_grad}
+            # Those that transformers has loaded in shards of ZeRO-3 are empty where they stand.
+            self._start = {n: p.detach().clone() for n, p in gathered(trained, keep=True).items()}
         weighted = model if isinstance(model, WeightedModel) else None
         self.varies_with_weights = self.kind == "start" and weighted is not None and weighted.varies_with_weights
 
@@ -133,7 +135,8 @@ class OwnReference:
         if self.kind == "start":
             return f"start {checksum(self._start.items())}"
         assert self.adapter is not None
-        return f"adapter {self.adapter} {checksum(adapter_state(_inner(model), self.adapter).items())}"
+        state = gathered(adapter_state(_inner(model), self.adapter), keep=True)
+        return f"adapter {self.adapter} {checksum(state.items())}"
 
 
 def _inner(model: Any) -> Any:
@@ -162,6 +165,8 @@ def _check_adapter_name(model: Any, adapter: str) -> None:
 def starts_at_base(model: nn.Module) -> bool:
     """Say whether a model provably computes what it does with its adapters off, and trains nothing but these."""
     inside: set[int] = set()
+    if any(is_partitioned(p) for p in model.parameters() if p.requires_grad):
+        return False  # without a look at what other processes have
     if is_peft(model):
         require("peft")
         from peft.tuners.lora import LoraLayer

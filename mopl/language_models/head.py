@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
-from mopl._sharded import is_dtensor
+from mopl._sharded import is_dtensor, is_partitioned, whole_shape
 from mopl._threads import Turns, in_turn, measuring
 from mopl.conditioning.causal_lm import is_peft
 from mopl.language_models._head_scores import IGNORE_INDEX as IGNORE_INDEX
@@ -47,7 +47,6 @@ from mopl.language_models._head_scores import (
     fit_transform,
     numbers_of,
     score_hidden,
-    whole_shape,
 )
 from mopl.language_models._split_head import SplitHead
 from mopl.language_models._target_rows import TargetRows
@@ -72,14 +71,17 @@ class SequenceScores:
 
 
 @contextlib.contextmanager
-def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[list[Any]]:
-    """Give `head` another forward for a moment, with its hooks (FSDP, DeepSpeed) around it; yield what it returned."""
+def _forward_replaced(head: nn.Module, forward: Any, around: nn.Module | None = None) -> Iterator[list[Any]]:
+    """Give `head` another forward for a moment, with its hooks (FSDP, DeepSpeed) around it; yield what it returned.
+
+    Where PEFT's wrapper is `around` the head, its hooks are, too, and it is what the wrapper returned.
+    """
     missing = object()
     before = head.__dict__.get("forward", missing)
     head.forward = forward
     returned: list[Any] = []
     # The newest hook is the last to run: it sees the output as the others leave it.
-    handle = head.register_forward_hook(lambda module, inputs, output: returned.append(output))
+    handle = (around or head).register_forward_hook(lambda module, inputs, output: returned.append(output))
     try:
         yield returned
     finally:
@@ -211,7 +213,9 @@ class FusedForward:
     def measure_if_whole(self) -> None:
         """Measure now, unless weights are elsewhere or in parts: then the first call does, which brings them."""
         weight = find_head(self.model).weight
-        if not weight.is_meta and weight.shape == whole_shape(weight) and not hasattr(weight, "full_tensor"):
+        # Of a model loaded in shards of ZeRO-3, the head that PEFT copied is whole.
+        cut = hasattr(weight, "full_tensor") or any(map(is_partitioned, self.model.parameters()))
+        if not weight.is_meta and not cut:
             self.measure()
 
     @in_turn
@@ -264,7 +268,7 @@ class FusedForward:
         kwargs.pop("labels", None)
         # What gathers the head for the backward hangs on its output (FSDP: a hook on this tensor; DeepSpeed: another
         # tensor behind it), so the results must be taken from what the head's hooks returned.
-        with _forward_replaced(current, head_forward) as result:
+        with _forward_replaced(current, head_forward, self.model.get_output_embeddings()) as result:
             output = self.original(**kwargs)
         if len(result) != 1:
             raise UnsupportedModelError(f"{name} called its output head {len(result)} times")

@@ -76,7 +76,10 @@ def make(name, folder, processes, model=None, more=None, **options):
 
 
 def run(name, folder, processes, **options):
-    trainer = make(name, folder, processes, **options)
+    return measured(make(name, folder, processes, **options), name)
+
+
+def measured(trainer, name):
     trainer.train()
     (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "loss/helpful", "accuracy/harmless", "margin/helpful", "log_ratio", "grad_norm")

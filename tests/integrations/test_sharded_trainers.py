@@ -75,7 +75,7 @@ def accelerator_of(kind, **options):
     ("kind", "options", "message"),
     [
         ("FSDP", {"fsdp_version": 1}, "training under version 1 of FSDP works for .* this is a LoraMixture; train it"),
-        ("DEEPSPEED", {}, "training under DEEPSPEED works for a plain model"),
+        ("MEGATRON_LM", {}, "training under MEGATRON_LM works for a plain model"),
         ("FSDP", {"activation_checkpointing": True}, "pass gradient_checkpointing=True to the trainer"),
     ],
 )

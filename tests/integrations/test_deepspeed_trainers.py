@@ -1,0 +1,118 @@
+"""Models that take weights, references and checkpoints in the trainers under DeepSpeed's ZeRO-2 and -3, over gloo."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed_site import launch_environment
+from launching import DISTRIBUTED, launch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+pytest.importorskip("trl", minversion="1.15")
+
+sys.path.insert(0, str(DISTRIBUTED))
+
+import deepspeed_trainers
+import sharded_trainers
+
+from mopl.conditioning import WeightedModel
+from mopl.integrations._rollout_checks import refuse_sharded_rollouts
+from mopl.integrations._sharding import check_sharding, refuse_loaded_in_shards
+
+ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"}
+
+
+def start(processes: int, folder: Path) -> None:
+    script = str(DISTRIBUTED / "deepspeed_trainers.py")
+    done = launch(processes, script, str(folder), "2", "3", **ASKED, **launch_environment())
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert "ZeRO-2 is done" in done.stdout and "ZeRO-3 is done" in done.stdout
+
+
+def is_one_process(folder: Path, kind: str, run: str, one: dict) -> None:
+    found = torch.load(folder / f"{kind}-{run}.pt")
+    assert found["parameters"].keys() == one["parameters"].keys()
+    for name, expected in one["parameters"].items():
+        error = float((found["parameters"][name] - expected).abs().max())
+        # Three steps of SGD, so an update of a wrong size would show.
+        assert error <= 2e-6 * float(expected.abs().max()), f"{kind} in {run}: {name} differs by {error:.1e}"
+    for name, value in one["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (kind, name)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero_2_and_3_train_what_one_process_trains_and_their_checkpoints_are_whole(tmp_path):
+    """One test, because workers of pytest share no fixture."""
+    launch_environment()  # first, where it skips
+    sharded_trainers.small.build("plain").save_pretrained(tmp_path / "tiny")
+    start(2, tmp_path)
+    start(4, tmp_path)
+    for kind in dict.fromkeys((*deepspeed_trainers.KINDS[2], *deepspeed_trainers.KINDS[3])):
+        model, more = deepspeed_trainers.build(kind)
+        trainer = sharded_trainers.small.make(kind, tmp_path / "one", 1, model=model, more=more)
+        one = sharded_trainers.small.measured(trainer, kind)
+        for stage in (2, 3):
+            if kind in deepspeed_trainers.KINDS[stage]:
+                is_one_process(tmp_path, kind, f"{stage}-2", one)
+            if kind in deepspeed_trainers.FOUR[stage]:
+                is_one_process(tmp_path, kind, f"{stage}-4", one)
+    for stage, kinds in deepspeed_trainers.SAVED.items():  # resumed bit for bit there; here one process opens them
+        place = tmp_path / f"zero-{stage}"
+        for kind in kinds:
+            trained = torch.load(place / f"{kind}, saved.pt")
+            for folder in (place / f"{kind}, saved", place / f"{kind}, by itself", place / kind / "checkpoint-4"):
+                if stage == 2 and folder.name.endswith("by itself"):
+                    assert folder.exists()
+                base = None if kind == "words" else sharded_trainers.small.build("plain")
+                own = dict(WeightedModel.from_pretrained(folder, base).named_parameters())
+                assert all(torch.equal(own[name], value) for name, value in trained.items()), (kind, folder)
+            # What is not trained is written by nobody, but where it is a part of the files above.
+            for file in (place / kind / "checkpoint-4").rglob("*model_states.pt"):
+                names = torch.load(file, weights_only=False)["module"].keys()
+                assert kind == "words" or not [name for name in names if "embed_tokens" in name], file
+
+
+def accelerator_of(stage: int, **zero):
+    """What the checks read of accelerate's `Accelerator`."""
+    plugin = types.SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {"stage": stage, **zero}})
+    state = types.SimpleNamespace(deepspeed_plugin=plugin)
+    return types.SimpleNamespace(distributed_type="DEEPSPEED", state=state, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"offload_param": {"device": "nvme"}}, "offload_param to nvme is set in the configuration of DeepSpeed"),
+        ({"zero_hpz_partition_size": 4}, "zero_hpz_partition_size is set"),
+        ({"mics_shard_size": 2}, "mics_shard_size is set"),
+        ({"zero_quantized_weights": True}, "zero_quantized_weights is set .* of a LoraMixture"),
+    ],
+)
+def test_settings_by_which_shares_stand_elsewhere_are_refused(zero, message):
+    model = sharded_trainers.build("lora mixture")[0]
+    check_sharding(accelerator_of(3, offload_param={"device": "cpu"}), model)
+    with pytest.raises(NotImplementedError, match=message):
+        check_sharding(accelerator_of(3, **zero), model)
+
+
+def test_mixtures_of_parameters_and_rollouts_are_refused_under_zero_3_alone():
+    mixture = sharded_trainers.build("parameter mixture")[0]
+    with pytest.raises(NotImplementedError, match=r"under DEEPSPEED no process has .* on one device, under ZeRO-2 or"):
+        check_sharding(accelerator_of(3), mixture)
+    with pytest.raises(NotImplementedError, match="the others waiting; train on one device, under ZeRO-2 or under DDP"):
+        refuse_sharded_rollouts(accelerator_of(3), mixture)
+    check_sharding(accelerator_of(2), mixture)
+    refuse_sharded_rollouts(accelerator_of(2), mixture)
+
+
+def test_a_model_that_was_loaded_in_shards_is_not_copied_as_its_reference():
+    model = torch.nn.Linear(2, 2)
+    refuse_loaded_in_shards(model)
+    model.weight.ds_tensor = torch.zeros(2)
+    with pytest.raises(NotImplementedError, match=r"the Linear was loaded in shards.* load the model before"):
+        refuse_loaded_in_shards(model)
