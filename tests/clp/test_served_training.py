@@ -70,8 +70,8 @@ def test_a_run_whose_server_dies_is_resumed_with_another_as_if_it_had_not(tmp_pa
             return share(0, 20, "first")(texts, prompts)
 
         dying = Rewards([FunctionReward(first, "first", cacheable=False), share(20, 40, "second")], batch_size=10**6)
-        with pytest.raises(RolloutServerError, match=rf"server {url}: it cannot be reached.*timeout = 1 second"):
-            train_policies(config(url, 1.0), tmp_path / "run", rewards=dying, say=quiet)
+        with pytest.raises(RolloutServerError, match=rf"server {url}: it cannot be reached.*timeout = 4 seconds"):
+            train_policies(config(url, 4.0), tmp_path / "run", rewards=dying, say=quiet)
     stopped = CheckpointFolder(tmp_path / "run" / "model" / "checkpoints").latest()
     assert stopped is not None and stopped.step == 2
     with started(*command, "--port", "0", "--quiet") as (_, out, _, _):
