@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from pathlib import Path
 
 import pytest
+
+PATIENCE = 240.0  # seconds; .ci/run installs DeepSpeed beside the tests
 
 
 def launch_environment() -> dict[str, str]:
@@ -26,7 +29,10 @@ def launch_environment() -> dict[str, str]:
         site = os.environ.get("MOPL_DEEPSPEED_SITE")
         if site is None:
             pytest.skip("DeepSpeed is neither installed nor in a folder that MOPL_DEEPSPEED_SITE names")
-        assert (Path(site) / "deepspeed").is_dir(), f"MOPL_DEEPSPEED_SITE is {site}, where there is no deepspeed"
+        until = time.monotonic() + PATIENCE
+        while not (Path(site) / "deepspeed").is_dir():
+            assert time.monotonic() < until, f"MOPL_DEEPSPEED_SITE is {site}, where there is no deepspeed"
+            time.sleep(1.0)
         paths = os.pathsep.join(filter(None, [paths, str(Path(site).resolve())]))
     return {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
 

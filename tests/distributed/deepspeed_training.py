@@ -41,7 +41,7 @@ def launched(place: Path, kind: str):
     os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp2").lower()
     os.environ["FSDP_VERSION"] = "2"
     yield
-    os.environ[ASKED] = "true"
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
 
 
 def full(
@@ -111,7 +111,7 @@ def cross(accelerator, place: Path) -> dict[str, torch.Tensor]:
         with launched(place, kind):
             full(accelerator, sgd=False, stop=2, directory=place / "stopped" / f"{kind}-{count}")
     for before in sorted((place / "stopped").iterdir()):
-        for kind in KINDS[:2] if before.name.startswith(("ddp", "fsdp2")) else KINDS:
+        for kind in KINDS if before.name.startswith("zero3") else KINDS[:2]:
             copy = place / "continued" / f"{before.name}-by-{kind}-{count}"
             if accelerator.is_main_process:
                 shutil.copytree(before, copy)
@@ -124,7 +124,8 @@ def cross(accelerator, place: Path) -> dict[str, torch.Tensor]:
 def half(place: Path) -> dict[str, torch.Tensor]:
     """Train with bf16 autocast."""
     AcceleratorState._reset_state()
-    accelerator, found = make_accelerator("bf16", cpu=True), {}
+    with launched(place, "zero3"):
+        accelerator, found = make_accelerator("bf16", cpu=True), {}
     for kind in KINDS:
         with launched(place, kind):
             found[kind] = full(accelerator)
@@ -146,6 +147,7 @@ def main(place: Path, stages: list[str]) -> None:
             full(accelerator, sgd=False, poison=2, directory=here / "diverged")
             if base is not None:
                 found["selected"] = full(accelerator, sgd=False, selection=Selection(validated, every=2, patience=1))
+            if base is not None and stage == "zero3":
                 before = {name: value.clone() for name, value in base.state_dict().items()}
                 found["adapters"] = fit(base, accelerator, sgd=True)
                 found["recompute"] = fit(base, accelerator, sgd=True, recompute=True)
