@@ -36,7 +36,7 @@ class WeightedModel(SavedModel):
         record: Names of the objectives and how it was trained.
     """
 
-    SHARDS: ClassVar[bool] = True  # whether its parameters may be cut, where each layer is whole while it runs
+    SHARDS: ClassVar[bool] = True  # whether its parameters may be cut, and each layer be whole while it runs alone
     text_prompt: TextPrompt | None = None  # what writes the trade-off into prompts, where it is told in words
 
     def __init__(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from typing import Any
 
 from mopl._extras import require
@@ -156,8 +157,7 @@ def _check_zero(accelerator: Any, model: Any) -> None:
 
 def _zero_reference(accelerator: Any, model: Any) -> Any:
     """Return a reference behind an engine of its own: cut under ZeRO-3, else whole, in the precision of the policy."""
-    import deepspeed  # pyright: ignore[reportMissingImports]
-
+    package: Any = sys.modules["deepspeed"]  # accelerate has imported it
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     settings = config["zero_optimization"]
     if zero_stage(accelerator) != 3:
@@ -173,6 +173,6 @@ def _zero_reference(accelerator: Any, model: Any) -> Any:
         "stage3_param_persistence_threshold": 10 * width,
     }
     settings.update({name: size for name, size in sizes.items() if settings.get(name) == "auto"})
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine, *_ = package.initialize(model=model, config=config)
     engine.eval()  # which gives nothing back
     return engine
