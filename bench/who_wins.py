@@ -7,8 +7,8 @@
 
 The map has three axes: the budget of optimizer steps (of all models of a method together), the sharpness of the true
 preferences (`spread`) and the conflict of the objectives, on data of `mopl.ranking.synthetic`, whose optimum is known.
-`bench.who_wins_cells` says what each method trains. Each method has the learning rate that is best for it at each
-budget, out of `RATES`, on data of a seed that is not in the map.
+`bench.who_wins_cells` says what each method trains. Each method has the learning rate of `RATES` and the number of
+`AVERAGES` that are best for it at each budget, by the mean over data of a sharpness and seeds that are not in the map.
 
 DIR/rows.jsonl has a line for each cell, seed and method, written when it is done: a run that was stopped goes on where
 it was. Seeds are the outermost loop, so that a run that is stopped leaves a whole map of fewer seeds. DIR/map.md and
@@ -30,15 +30,16 @@ from typing import Any
 import torch
 
 from bench import who_wins_map
-from bench.who_wins_cells import METHODS, Cell, Problem, Sizes, run
+from bench.who_wins_cells import METHODS, Cell, Choice, Problem, Sizes, run
 from mopl import _terminal
 
 BUDGETS = (0.25, 1.0, 4.0)
 SPREADS = (1.0, 3.0)
 CONFLICTS = (0.2, 0.6, 1.0)
-SEEDS = 3
+SEEDS = 5
 RATES = (3e-3, 1e-2, 3e-2)
-RATE_SEED, RATE_CELL = 1000, (1.7, 0.6)  # where learning rates are chosen: spread and conflict
+AVERAGES = (1, 2)  # trainings that are averaged into each model
+CHOICE_SEEDS, CHOICE_SPREAD = (1000, 1001), 1.7  # where these are chosen, at every conflict of the map
 SECONDS_A_STEP = 0.006  # until there are rows that say
 AXES = ("budget", "spread", "conflict")
 
@@ -79,18 +80,21 @@ def _run(given: argparse.Namespace) -> int:
     if given.report:
         return report(given.out, rows, sizes)
     budgets = sorted({cell[0] for cell in cells})
-    rate_jobs = [
-        (Cell(budget, *RATE_CELL, RATE_SEED), method, rate) for budget, method, rate in product(budgets, METHODS, RATES)
+    choices = [Choice(*choice) for choice in product(RATES, AVERAGES)]
+    choice_jobs = [
+        (Cell(budget, CHOICE_SPREAD, conflict, seed), method, choice)
+        for seed, conflict, budget, method, choice in product(CHOICE_SEEDS, CONFLICTS, budgets, METHODS, choices)
     ]
-    if (least := round(budgets[0] * sizes.steps)) < max(sizes.points, sizes.objectives):
+    if (least := round(budgets[0] * sizes.steps)) < (fewest := max(AVERAGES) * max(sizes.points, sizes.objectives)):
         raise ValueError(
             f"--sizes has steps={sizes.steps}, which is {least} at budget {budgets[0]:g}, but dpo-ls trains "
-            f"{sizes.points} models; raise steps to {math.ceil(sizes.points / budgets[0])} or more"
+            f"{sizes.points} models, each up to {max(AVERAGES)} times; raise steps to "
+            f"{math.ceil(fewest / budgets[0])} or more"
         )
     jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in METHODS]
     done = {key_of(row) for row in rows}
-    missing = [job for job in [*rate_jobs, *jobs] if key(*job) not in done]
-    print(plan(missing, len(rate_jobs) + len(jobs), rows, sizes))
+    missing = [job for job in [*choice_jobs, *jobs] if key(*job) not in done]
+    print(plan(missing, len(choice_jobs) + len(jobs), rows, sizes))
     if given.plan:
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
@@ -101,41 +105,45 @@ def _run(given: argparse.Namespace) -> int:
 def work(missing: list, rows: list[dict[str, Any]], file: Path, sizes: Sizes) -> None:
     """Do what is missing, a line of the file for each; `rows` grow with it."""
     problem, of = None, None
-    for number, (cell, method, rate) in enumerate(missing):
+    for number, (cell, method, choice) in enumerate(missing):
         if of != (cell.spread, cell.conflict, cell.seed):
             of = (cell.spread, cell.conflict, cell.seed)
             problem = Problem(*of, sizes)
         began = time.perf_counter()
         with _terminal.quietly():
-            row = run(problem, cell, method, best_rate(rows, cell.budget, method) if rate is None else rate)
-        row = {"role": "map" if rate is None else "rate", **row, "sizes": dataclasses.asdict(sizes)}
+            row = run(problem, cell, method, best_choice(rows, cell.budget, method) if choice is None else choice)
+        row = {"role": "map" if choice is None else "choice", **row, "sizes": dataclasses.asdict(sizes)}
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         rows.append(row)
         left = remaining(missing[number + 1 :], rows, sizes)
         print(
             f"[{number + 1}/{len(missing)}] budget {cell.budget:g}, spread {cell.spread:g}, conflict "
-            f"{cell.conflict:g}, seed {cell.seed}, {method} at {row['rate']:g}: {row['of_the_optimum']:.3f} of the "
+            f"{cell.conflict:g}, seed {cell.seed}, {method} at {row['rate']:g}"
+            f"{' x 2' if row['average'] == 2 else ''}: {row['of_the_optimum']:.3f} of the "
             f"optimum, {time.perf_counter() - began:.1f} s; about {left / 60:.0f} CPU minutes left",
             flush=True,
         )
 
 
-def best_rate(rows: list[dict[str, Any]], budget: float, method: str) -> float:
-    """Return the learning rate with the largest hypervolume where rates are chosen."""
-    tried = [row for row in rows if row["role"] == "rate" and (row["budget"], row["method"]) == (budget, method)]
-    return max(tried, key=lambda row: row["hypervolume"])["rate"]
+def best_choice(rows: list[dict[str, Any]], budget: float, method: str) -> Choice:
+    """Return the choice with the largest share of the optimum on average, where choices are made."""
+    tried: dict[Choice, list[float]] = {}
+    for row in rows:
+        if row["role"] == "choice" and (row["budget"], row["method"]) == (budget, method):
+            tried.setdefault(Choice(row["rate"], row["average"]), []).append(row["of_the_optimum"])
+    return max(tried, key=lambda choice: sum(tried[choice]) / len(tried[choice]))
 
 
-def key(cell: Cell, method: str, rate: float | None) -> tuple:
+def key(cell: Cell, method: str, choice: Choice | None) -> tuple:
     """Return what identifies a row."""
-    return ("map" if rate is None else "rate", *dataclasses.astuple(cell), method, rate)
+    return ("map" if choice is None else "choice", *dataclasses.astuple(cell), method, choice)
 
 
 def key_of(row: dict[str, Any]) -> tuple:
     """Return the same of a row that is there."""
-    rate = row["rate"] if row["role"] == "rate" else None
-    return (row["role"], *(row[axis] for axis in AXES), row["seed"], row["method"], rate)
+    choice = Choice(row["rate"], row["average"]) if row["role"] == "choice" else None
+    return (row["role"], *(row[axis] for axis in AXES), row["seed"], row["method"], choice)
 
 
 def remaining(missing: list, rows: list[dict[str, Any]], sizes: Sizes) -> float:

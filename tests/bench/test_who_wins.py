@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bench import who_wins, who_wins_map
-from bench.who_wins_cells import METHODS, Sizes, shared_out
+from bench.who_wins_cells import METHODS, Sizes
+from mopl.ranking.stages import shared_out
 
 SMALL = "steps=12,train_lists=24,valid_lists=12,test_lists=12,items=5,hidden=4,base_steps=2,batch=8,points=3"
 
