@@ -3,12 +3,13 @@
     python -m bench.who_wins --plan                    # what would be trained, and how long it takes
     python -m bench.who_wins --out who-wins            # trains what is missing, then writes the map
     python -m bench.who_wins --out who-wins --cells budget=0.25,conflict=1    # a part of it
+    python -m bench.who_wins --out who-wins --report --keep bench/results/cpu/who-wins.jsonl    # the rows of the docs
     python -m bench.who_wins --out who-wins --report   # only the table and the picture, of what is there
 
 The map has three axes: the budget of optimizer steps (of all models of a method together), the sharpness of the true
 preferences (`spread`) and the conflict of the objectives, on data of `mopl.ranking.synthetic`, whose optimum is known.
 `bench.who_wins_cells` says what each method trains. Each method has the learning rate of `RATES` and the number of
-`AVERAGES` that are best for it at each budget, by the mean over data of a sharpness and seeds that are not in the map.
+`AVERAGES` that are best for it at each budget, on data of a sharpness and a seed that are not in the map.
 
 DIR/rows.jsonl has a line for each cell, seed and method, written when it is done: a run that was stopped goes on where
 it was. Seeds are the outermost loop, so that a run that is stopped leaves a whole map of fewer seeds. DIR/map.md and
@@ -38,10 +39,12 @@ SPREADS = (1.0, 3.0)
 CONFLICTS = (0.2, 0.6, 1.0)
 SEEDS = 5
 RATES = (3e-3, 1e-2, 3e-2)
-AVERAGES = (1, 2)  # trainings that are averaged into each model
-CHOICE_SEEDS, CHOICE_SPREAD = (1000, 1001), 1.7  # where these are chosen, at every conflict of the map
+# By budget: trainings that are averaged into each model. With fewer steps a second training takes more than it gives.
+AVERAGES = {0.25: (1,), 1.0: (1,), 4.0: (1, 2)}
+CHOICE_SEED, CHOICE_CELL = 1000, (1.7, 0.6)  # where these are chosen: spread and conflict
 SECONDS_A_STEP = 0.006  # until there are rows that say
 AXES = ("budget", "spread", "conflict")
+KEPT = (*AXES, "seed", "method", "rate", "average", "models", "steps", "hypervolume", "of_the_optimum", "regret")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     parser.add_argument("--cells", default="", metavar="AXIS=VALUE,...", help="only these, such as budget=1,spread=3")
     parser.add_argument("--sizes", default="", metavar="NAME=NUMBER,...", help="sizes of all cells, for a quick look")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write the figures of the map here, a line for each row"
+    )
     parser.add_argument("--plan", action="store_true", help="say what would be done")
     parser.add_argument("--report", action="store_true", help="only write the map of what is there")
     given = parser.parse_args(arguments)
@@ -74,23 +80,28 @@ def _run(given: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the models are too small for more
     if given.seeds < 1:
         raise ValueError(f"--seeds is {given.seeds} but must be at least 1")
+    if given.keep is not None and not given.keep.parent.is_dir():
+        raise ValueError(
+            f"--keep needs the folder {given.keep.parent}, which is not there; make it, or name another file"
+        )
     sizes = sizes_of(given.sizes)
     cells = chosen(given.cells)
     rows = read_rows(given.out / "rows.jsonl", sizes)
     if given.report:
-        return report(given.out, rows, sizes)
+        return report(given.out, rows, given.keep)
     budgets = sorted({cell[0] for cell in cells})
-    choices = [Choice(*choice) for choice in product(RATES, AVERAGES)]
     choice_jobs = [
-        (Cell(budget, CHOICE_SPREAD, conflict, seed), method, choice)
-        for seed, conflict, budget, method, choice in product(CHOICE_SEEDS, CONFLICTS, budgets, METHODS, choices)
+        (Cell(budget, *CHOICE_CELL, CHOICE_SEED), method, Choice(rate, average))
+        for budget in budgets
+        for method, rate, average in product(METHODS, RATES, AVERAGES[budget])
     ]
-    if (least := round(budgets[0] * sizes.steps)) < (fewest := max(AVERAGES) * max(sizes.points, sizes.objectives)):
-        raise ValueError(
-            f"--sizes has steps={sizes.steps}, which is {least} at budget {budgets[0]:g}, but dpo-ls trains "
-            f"{sizes.points} models, each up to {max(AVERAGES)} times; raise steps to "
-            f"{math.ceil(fewest / budgets[0])} or more"
-        )
+    for budget in budgets:
+        least, fewest = round(budget * sizes.steps), max(AVERAGES[budget]) * max(sizes.points, sizes.objectives)
+        if least < fewest:
+            raise ValueError(
+                f"--sizes has steps={sizes.steps}, which is {least} at budget {budget:g}, but dpo-ls does {fewest} "
+                f"trainings there; raise steps to {math.ceil(fewest / budget)} or more"
+            )
     jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in METHODS]
     done = {key_of(row) for row in rows}
     missing = [job for job in [*choice_jobs, *jobs] if key(*job) not in done]
@@ -99,7 +110,7 @@ def _run(given: argparse.Namespace) -> int:
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     work(missing, rows, given.out / "rows.jsonl", sizes)
-    return report(given.out, rows, sizes)
+    return report(given.out, rows, given.keep)
 
 
 def work(missing: list, rows: list[dict[str, Any]], file: Path, sizes: Sizes) -> None:
@@ -127,12 +138,10 @@ def work(missing: list, rows: list[dict[str, Any]], file: Path, sizes: Sizes) ->
 
 
 def best_choice(rows: list[dict[str, Any]], budget: float, method: str) -> Choice:
-    """Return the choice with the largest share of the optimum on average, where choices are made."""
-    tried: dict[Choice, list[float]] = {}
-    for row in rows:
-        if row["role"] == "choice" and (row["budget"], row["method"]) == (budget, method):
-            tried.setdefault(Choice(row["rate"], row["average"]), []).append(row["of_the_optimum"])
-    return max(tried, key=lambda choice: sum(tried[choice]) / len(tried[choice]))
+    """Return the choice with the largest hypervolume where choices are made."""
+    tried = [row for row in rows if row["role"] == "choice" and (row["budget"], row["method"]) == (budget, method)]
+    best = max(tried, key=lambda row: row["hypervolume"])
+    return Choice(best["rate"], best["average"])
 
 
 def key(cell: Cell, method: str, choice: Choice | None) -> tuple:
@@ -213,17 +222,26 @@ def read_rows(file: Path, sizes: Sizes) -> list[dict[str, Any]]:
     return rows
 
 
-def report(out: Path, rows: list[dict[str, Any]], sizes: Sizes) -> int:
-    """Write the map of the rows."""
+def report(out: Path, rows: list[dict[str, Any]], keep: Path | None = None) -> int:
+    """Write the map of the rows, and the rows themselves into a file to keep."""
     rows = [row for row in rows if row["role"] == "map"]
     if not rows:
         raise ValueError(f"{out / 'rows.jsonl'} has no row of the map yet; run without --report first")
     text = who_wins_map.table(rows)
     (out / "map.md").write_text(text, encoding="utf-8")
     who_wins_map.picture(rows, out / "map.png")
+    if keep is not None:
+        kept = sorted(rows, key=lambda row: (*(row[axis] for axis in AXES), row["seed"], METHODS.index(row["method"])))
+        lines = (json.dumps({name: rounded(row[name]) for name in KEPT}) for row in kept)
+        keep.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(text)
     print(f"written: {out / 'map.md'}, {out / 'map.png'}")
     return 0
+
+
+def rounded(value: Any) -> Any:
+    """Return a number with six digits, which are more than the figures mean; anything else as it is."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ method trains is cut from one budget, evenly. Steps are all of one size (as many
 
 | method                       | models trained               | steps of each     |
 |------------------------------|------------------------------|-------------------|
-| `mixture`, `heads`, `concat` | one, conditioned on weights  | all               |
+| `mixture`, `concat`          | one, conditioned on weights  | all               |
 | `dpo-ls`, `mo-dpo`           | one for each of n trade-offs | a share of n      |
 | `dpo-soup`                   | one for each of m objectives | a share of m      |
 
@@ -41,7 +41,7 @@ from mopl.ranking.transformer import ListTransformer
 from mopl.ranking.validation import Validation
 from mopl.training import TrainingConfig, train
 
-CONDITIONED = ("mixture", "heads", "concat")  # by name in the map, which is that of RankConfig.conditioning
+CONDITIONED = ("mixture", "concat")  # by name in the map, which is that of RankConfig.conditioning
 RIVALS = ("dpo-ls", "dpo-soup", "mo-dpo")
 METHODS = (*CONDITIONED, *RIVALS)
 
@@ -51,7 +51,6 @@ class Choice(NamedTuple):
 
     rate: float
     average: int  # trainings that share the steps of each model and are averaged into it; see RankConfig.average
-
 
 
 @dataclass(frozen=True)

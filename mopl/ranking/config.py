@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ALL", "CONDITIONED", "EMBEDDED", "METHODS", "RankConfig"]
 
 EMBEDDED = ("travel", "synthetic")
+FEWEST_STEPS = 200  # of a tuned model, where none are given
 
 
 def _located_data(data: str) -> str:
@@ -128,9 +129,9 @@ class RankConfig(CosDpoSettings):
         for name in ("hidden", "base_hidden"):
             if getattr(self, name) % self.heads:
                 raise ValueError(f"{name} is {getattr(self, name)} but heads = {self.heads} must divide it")
-        if self.steps is not None and self.average > max(self.steps, 1):
+        if self.average > max(least := FEWEST_STEPS if self.steps is None else self.steps, 1):
             raise ValueError(
-                f"average is {self.average} but steps is {self.steps}, which the trainings share; take more steps, or a "
+                f"average is {self.average} but steps is {least}, which the trainings share; take more steps, or a "
                 "smaller average"
             )
         if self.conditioning != "concat" and not set(CONDITIONED) & set(self.methods):
@@ -166,6 +167,6 @@ class RankConfig(CosDpoSettings):
     def resolved(self, lists: int) -> "Self":
         """Return the settings with the numbers of steps that `lists` training lists ask for, where none were given."""
         epoch = math.ceil(lists / min(self.batch_size, lists))
-        steps = max(200, 10 * epoch) if self.steps is None else self.steps
+        steps = max(FEWEST_STEPS, 10 * epoch) if self.steps is None else self.steps
         base_steps = max(100, 3 * epoch) if self.base_steps is None else self.base_steps
         return dataclasses.replace(self, steps=steps, base_steps=base_steps)

@@ -113,9 +113,10 @@ class RankingModel(nn.Module):
         self.config = config
         m = len(config.objectives)
         self.mixes = config.conditioned and config.conditioning == "mixture" and m > 1
-        self.condition = (
-            ConcatCondition(m, takes_beta=config.takes_beta, takes_weights=not self.mixes) if config.conditioned else None
-        )
+        self.condition = None
+        if config.conditioned:
+            appended = config.conditioning != "mixture"
+            self.condition = ConcatCondition(m, takes_beta=config.takes_beta, takes_weights=appended)
         extra = 0 if self.condition is None else self.condition.extra_features
         self.outputs = m if config.conditioned and config.conditioning != "concat" else 1
         self.network = ListTransformer(
