@@ -39,12 +39,24 @@ SPREADS = (1.0, 3.0)
 CONFLICTS = (0.2, 0.6, 1.0)
 SEEDS = 5
 RATES = (3e-3, 1e-2, 3e-2)
-# By budget: trainings that are averaged into each model. With fewer steps a second training takes more than it gives.
+# By budget: trainings that are averaged into each model. With few steps a second one takes more than it gives.
 AVERAGES = {0.25: (1,), 1.0: (1,), 4.0: (1, 2)}
 CHOICE_SEED, CHOICE_CELL = 1000, (1.7, 0.6)  # where these are chosen: spread and conflict
 SECONDS_A_STEP = 0.006  # until there are rows that say
 AXES = ("budget", "spread", "conflict")
-KEPT = (*AXES, "seed", "method", "rate", "average", "models", "steps", "hypervolume", "of_the_optimum", "regret")
+KEPT = (
+    "role",
+    *AXES,
+    "seed",
+    "method",
+    "rate",
+    "average",
+    "models",
+    "steps",
+    "hypervolume",
+    "of_the_optimum",
+    "regret",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,9 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     parser.add_argument("--cells", default="", metavar="AXIS=VALUE,...", help="only these, such as budget=1,spread=3")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), metavar="NAME,...", help="only these (default: %(default)s)"
+    )
     parser.add_argument("--sizes", default="", metavar="NAME=NUMBER,...", help="sizes of all cells, for a quick look")
     parser.add_argument(
-        "--keep", type=Path, metavar="FILE", help="write the figures of the map here, a line for each row"
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help="take up what is here, and write the figures here, a line for each row",
     )
     parser.add_argument("--plan", action="store_true", help="say what would be done")
     parser.add_argument("--report", action="store_true", help="only write the map of what is there")
@@ -85,15 +103,21 @@ def _run(given: argparse.Namespace) -> int:
             f"--keep needs the folder {given.keep.parent}, which is not there; make it, or name another file"
         )
     sizes = sizes_of(given.sizes)
-    cells = chosen(given.cells)
+    cells, methods = chosen(given.cells), given.methods.split(",")
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"--methods has {min(unknown)!r} but must be some of {', '.join(METHODS)}")
     rows = read_rows(given.out / "rows.jsonl", sizes)
+    if given.keep is not None and given.keep.exists() and sizes == Sizes():
+        there = {key_of(row) for row in rows}
+        kept = (json.loads(line) for line in given.keep.read_text(encoding="utf-8").splitlines())
+        rows += [row for row in kept if key_of(row) not in there]
     if given.report:
         return report(given.out, rows, given.keep)
     budgets = sorted({cell[0] for cell in cells})
     choice_jobs = [
         (Cell(budget, *CHOICE_CELL, CHOICE_SEED), method, Choice(rate, average))
         for budget in budgets
-        for method, rate, average in product(METHODS, RATES, AVERAGES[budget])
+        for method, rate, average in product(methods, RATES, AVERAGES[budget])
     ]
     for budget in budgets:
         least, fewest = round(budget * sizes.steps), max(AVERAGES[budget]) * max(sizes.points, sizes.objectives)
@@ -102,7 +126,7 @@ def _run(given: argparse.Namespace) -> int:
                 f"--sizes has steps={sizes.steps}, which is {least} at budget {budget:g}, but dpo-ls does {fewest} "
                 f"trainings there; raise steps to {math.ceil(fewest / budget)} or more"
             )
-    jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in METHODS]
+    jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in methods]
     done = {key_of(row) for row in rows}
     missing = [job for job in [*choice_jobs, *jobs] if key(*job) not in done]
     print(plan(missing, len(choice_jobs) + len(jobs), rows, sizes))
@@ -157,8 +181,9 @@ def key_of(row: dict[str, Any]) -> tuple:
 
 def remaining(missing: list, rows: list[dict[str, Any]], sizes: Sizes) -> float:
     """Return how many seconds of CPU time the rest takes, by what a step of the rows that are there took."""
-    steps = sum(row["steps"] for row in rows)
-    each = sum(row["cpu_seconds"] for row in rows) / steps if steps else SECONDS_A_STEP
+    timed = [row for row in rows if "cpu_seconds" in row]
+    steps = sum(row["steps"] for row in timed)
+    each = sum(row["cpu_seconds"] for row in timed) / steps if steps else SECONDS_A_STEP
     return each * sum(round(cell.budget * sizes.steps) for cell, _, _ in missing)
 
 
@@ -224,14 +249,14 @@ def read_rows(file: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 def report(out: Path, rows: list[dict[str, Any]], keep: Path | None = None) -> int:
     """Write the map of the rows, and the rows themselves into a file to keep."""
-    rows = [row for row in rows if row["role"] == "map"]
+    every, rows = rows, [row for row in rows if row["role"] == "map"]
     if not rows:
         raise ValueError(f"{out / 'rows.jsonl'} has no row of the map yet; run without --report first")
     text = who_wins_map.table(rows)
     (out / "map.md").write_text(text, encoding="utf-8")
     who_wins_map.picture(rows, out / "map.png")
     if keep is not None:
-        kept = sorted(rows, key=lambda row: (*(row[axis] for axis in AXES), row["seed"], METHODS.index(row["method"])))
+        kept = sorted(every, key=lambda row: [row[name] for name in KEPT[:8]])
         lines = (json.dumps({name: rounded(row[name]) for name in KEPT}) for row in kept)
         keep.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(text)

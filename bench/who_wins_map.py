@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.who_wins_cells import CONDITIONED, RIVALS
+from bench.who_wins_cells import CONDITIONED, METHODS, RIVALS
 from mopl._files import write_file
 
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 beyond.
@@ -22,6 +22,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 AXES = ("budget", "spread", "conflict")
 LINEAR = 5.0  # percent up to which the colours of the picture are even; beyond, by the logarithm
 SHOWN = {"mixture": "--conditioning mixture", "concat": "--conditioning concat, the paper's"}  # in the picture
+NEEDED = ("mixture", "dpo-ls", "dpo-soup")  # without which a cell says nothing
 GOAL = -2.0  # percent: how far the conditioned model may be behind
 
 
@@ -56,19 +57,30 @@ Cells = dict[tuple[float, ...], dict[str, dict[int, dict[str, Any]]]]
 
 
 def by_cell(rows: list[dict[str, Any]]) -> Cells:
-    """Return rows by (budget, spread, conflict), method and seed; only seeds that every method of the cell has."""
+    """Return rows by (budget, spread, conflict), method and seed.
+
+    Only seeds that all of `NEEDED` have in a cell count there, and only methods that have them in every cell.
+    """
     found: Cells = {}
     for row in rows:
         cell = tuple(row[axis] for axis in AXES)
         found.setdefault(cell, {}).setdefault(row["method"], {})[row["seed"]] = row
     whole = {}
     for cell, methods in sorted(found.items()):
-        seeds = set.intersection(*(set(each) for each in methods.values()))
-        if seeds and set(methods) >= {*CONDITIONED, *RIVALS}:
-            whole[cell] = {name: {s: each[s] for s in sorted(seeds)} for name, each in methods.items()}
+        seeds = set.intersection(*(set(methods.get(name, ())) for name in NEEDED))
+        if seeds:
+            there = [name for name in METHODS if seeds <= set(methods.get(name, ()))]
+            whole[cell] = {name: {s: methods[name][s] for s in sorted(seeds)} for name in there}
     if not whole:
-        raise ValueError("no cell has all methods yet; run without --report until one has")
-    return whole
+        raise ValueError(f"no cell has {', '.join(NEEDED)} yet; run without --report until one has")
+    shared = set.intersection(*(set(methods) for methods in whole.values()))
+    return {cell: {name: methods[name] for name in methods if name in shared} for cell, methods in whole.items()}
+
+
+def names_of(cells: Cells) -> tuple[list[str], list[str]]:
+    """Return the conditioned methods and the rivals that the cells have."""
+    there = next(iter(cells.values()))
+    return [name for name in CONDITIONED if name in there], [name for name in RIVALS if name in there]
 
 
 def mean_of(seeds: dict[int, dict[str, Any]], figure: str) -> float:
@@ -78,7 +90,8 @@ def mean_of(seeds: dict[int, dict[str, Any]], figure: str) -> float:
 
 def difference(methods: dict[str, dict[int, dict[str, Any]]], method: str) -> Difference:
     """Return how far a method is ahead of the best rival of its cell."""
-    rival = max(RIVALS, key=lambda name: mean_of(methods[name], "hypervolume"))
+    rivals = [name for name in RIVALS if name in methods]
+    rival = max(rivals, key=lambda name: mean_of(methods[name], "hypervolume"))
     ours, theirs = methods[method], methods[rival]
     values = [100 * (ours[s]["hypervolume"] / theirs[s]["hypervolume"] - 1) for s in ours]
     return Difference(rival, tuple(values), *interval(values))
@@ -87,13 +100,14 @@ def difference(methods: dict[str, dict[int, dict[str, Any]]], method: str) -> Di
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the map as a Markdown table, the regrets as another, and what they come to."""
     cells = by_cell(rows)
-    names = (*AXES, *CONDITIONED, *RIVALS)
+    methods_there = [name for names in names_of(cells) for name in names]
+    names = (*AXES, *methods_there)
     ours = CONDITIONED[0]
     lines = [
         f"| {' | '.join(names)} | {ours} ahead of the best rival, % | seeds ahead |", "|" + "---|" * (len(names) + 2),
     ]  # fmt: skip
     for cell, methods in cells.items():
-        figures = {name: mean_of(methods[name], "of_the_optimum") for name in (*CONDITIONED, *RIVALS)}
+        figures = {name: mean_of(methods[name], "of_the_optimum") for name in methods_there}
         best = max(figures.values())
         shown = (f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in figures.values())
         lead = difference(methods, ours)
@@ -104,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def regrets(cells: Cells) -> str:
     """Return the mean regrets over seeds, in nats, as a Markdown table."""
-    names = (*CONDITIONED, *RIVALS)
+    names = [name for names in names_of(cells) for name in names]
     lines = [f"| {' | '.join((*AXES, *names))} |", "|" + "---|" * (len(AXES) + len(names))]
     for cell, methods in cells.items():
         figures = [mean_of(methods[name], "regret") for name in names]
@@ -115,8 +129,8 @@ def regrets(cells: Cells) -> str:
 
 def summary(cells: Cells) -> str:
     """Return how often each conditioned model is ahead and behind, as a list of sentences."""
-    parts = []
-    for name in CONDITIONED:
+    parts, (conditioned, rivals) = [], names_of(cells)
+    for name in conditioned:
         leads = [difference(methods, name) for methods in cells.values()]
         worst = min(leads, key=lambda lead: lead.mean)
         parts.append(
@@ -128,9 +142,9 @@ def summary(cells: Cells) -> str:
         )
     for budget in sorted({cell[0] for cell in cells}):
         here = {cell: methods for cell, methods in cells.items() if cell[0] == budget}
-        said = ", ".join(f"{over(here, name)} for `{name}`" for name in CONDITIONED)
+        said = ", ".join(f"{over(here, name)} for `{name}`" for name in conditioned)
         parts.append(f"At budget {budget:g} the mean lead over the best rival of each square is {said}.")
-    names = (*CONDITIONED, *RIVALS)
+    names = (*conditioned, *rivals)
     least = [min(names, key=lambda name: mean_of(methods[name], "regret")) for methods in cells.values()]
     counts = ", ".join(f"{least.count(name)} to `{name}`" for name in names if name in least)
     parts.append(f"The least regret belongs, in squares: {counts}.")
@@ -157,14 +171,15 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
 
     cells = by_cell(rows)
     budgets, spreads, conflicts = (sorted({cell[axis] for cell in cells}) for axis in range(3))
-    leads = {(cell, name): difference(methods, name) for cell, methods in cells.items() for name in SHOWN}
+    shown = {name: title for name, title in SHOWN.items() if name in next(iter(cells.values()))}
+    leads = {(cell, name): difference(methods, name) for cell, methods in cells.items() for name in shown}
     widest = 10 * math.ceil(max(10.0, *(abs(lead.mean) for lead in leads.values())) / 10)
     colours = SymLogNorm(LINEAR, vmin=-widest, vmax=widest, base=10)
-    size = (1.2 + 4.0 * len(budgets), 1.2 + len(SHOWN) * (0.8 + 1.35 * len(spreads)))
+    size = (1.2 + 4.0 * len(budgets), 1.2 + len(shown) * (0.8 + 1.35 * len(spreads)))
     with plt.rc_context({"font.size": 13, "font.family": "DejaVu Sans"}):
-        figure, panels = plt.subplots(len(SHOWN), len(budgets), figsize=size, squeeze=False, layout="constrained")
+        figure, panels = plt.subplots(len(shown), len(budgets), figsize=size, squeeze=False, layout="constrained")
         image: Any = None
-        for row, (name, title) in enumerate(SHOWN.items()):
+        for row, (name, title) in enumerate(shown.items()):
             for column, budget in enumerate(budgets):
                 axes = panels[row][column]
                 grid = [[math.nan] * len(conflicts) for _ in spreads]
@@ -187,7 +202,7 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
                 )
                 if column == 0:
                     axes.set_ylabel("spread (sharpness)")
-                if row == len(SHOWN) - 1:
+                if row == len(shown) - 1:
                     axes.set_xlabel("conflict of the objectives")
         ticks = [x for x in (2, 5, 10, 20, 50, 100) if x < widest] + [widest]
         marks = [*(-x for x in reversed(ticks)), 0, *ticks]

@@ -650,7 +650,7 @@ def test_files_of_ones_own_run_and_are_found_from_another_directory(tmp_path, mo
         ({"penalty": float("nan")}, "penalty is nan"), ({"heads": 3}, "hidden is 8 but heads = 3 must divide it"),
         ({"steps": -1}, "steps is -1"), ({"base_steps": -2}, "steps is -2"), ({"k": 0}, "k is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"), ({"beta_range": (2.0, 1.0)}, "beta_range"),
-        ({"average": 0}, "average is 0"), ({"average": 9, "steps": 8}, "average is 9 but steps is 8, which the trainings"),
+        ({"average": 0}, "average is 0"), ({"average": 9, "steps": 8}, "average is 9 but steps is 8, which the trai"),
         ({"conditioning": "heads", "method": "dpo-ls"}, "method 'dpo-ls' trains no conditioned model"),
         ({"loss": "hinge"}, "loss is 'hinge'"), ({"learning_rate": 0.0}, "learning_rate"),
     ],
