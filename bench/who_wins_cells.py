@@ -1,7 +1,7 @@
 """What `bench.who_wins` trains: one cell of the map is data with a known optimum, a budget and a seed.
 
 Every method of a cell has the same data, base model, network, batches and **total** number of optimizer steps: what a
-method trains is cut from one budget, evenly. Steps are all of one size (as many lists), so equal steps are equal cost.
+method trains is cut from one budget, evenly. Steps are all of one size (as many lists, one pass of the network).
 
 | method                       | models trained               | steps of each     |
 |------------------------------|------------------------------|-------------------|

@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         best = max(figures.values())
         shown = (f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in figures.values())
         lead = difference(methods, ours)
-        said = f"{lead.mean:+.1f} [{lead.low:+.1f}, {lead.high:+.1f}] ({lead.rival})"
+        said = f"{lead.mean:+.1f}{ends_of(lead.low, lead.high)} ({lead.rival})"
         lines.append(f"| {' | '.join(f'{x:g}' for x in cell)} | {' | '.join(shown)} | {said} | {lead.seeds_ahead} |")
     return "\n".join([*lines, "", regrets(cells), "", summary(cells), ""])
 
@@ -158,7 +158,12 @@ def over(cells: Cells, method: str) -> str:
     leads = [difference(methods, method) for methods in cells.values()]
     count = min(len(lead.values) for lead in leads)
     mean, low, high = interval([sum(lead.values[s] for lead in leads) / len(leads) for s in range(count)])
-    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+    return f"{mean:+.1f} %{ends_of(low, high)}"
+
+
+def ends_of(low: float, high: float) -> str:
+    """Return an interval in brackets, or nothing where one seed gives none."""
+    return f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else ""
 
 
 def picture(rows: list[dict[str, Any]], file: Path) -> None:

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"weights has shape \(2,\) but there are 2 lists and 3 objectives"):
         ranker(features, torch.tensor([0.5, 0.5]))
     for given in ((1.0, 2.0), (1.0, 0.0, 1.0), (1.0, -1.0, 2.0)):
-        with pytest.raises(ValueError, match="mixture_beta is 1 .* but must be β of the training, a positive number"):
+        with pytest.raises(ValueError, match=r"mixture_beta is 1 .* but must be β of the training, a positive number"):
             model(mixture_beta=given)
     concat = RankingModel(RankingModelConfig(7, NAMES, hidden=16), ListTransformer(7, hidden=8))
     with pytest.raises(ValueError, match="alone=True was passed to a model that does not mix"):
