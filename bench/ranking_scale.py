@@ -163,7 +163,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=float, nargs="+", default=[1e4, 1e5, 1e6, 4e6])
@@ -174,10 +174,13 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if asked.stage:
         print(json.dumps(stage(asked.stage, asked.file, asked.cache)))
         return
+    for option, folder in (("--folder", asked.folder), ("--json", asked.json and asked.json.parent)):
+        if folder and not folder.is_dir():
+            parser.error(f"{option} needs the folder {folder}, which is not there; make it, or name another")
     from bench.measuring import about
 
     rows = []

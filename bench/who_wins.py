@@ -3,12 +3,13 @@
     python -m bench.who_wins --plan                    # what would be trained, and how long it takes
     python -m bench.who_wins --out who-wins            # trains what is missing, then writes the map
     python -m bench.who_wins --out who-wins --cells budget=0.25,conflict=1    # a part of it
+    python -m bench.who_wins --out who-wins --report --keep bench/results/cpu/who-wins.jsonl    # the rows of the docs
     python -m bench.who_wins --out who-wins --report   # only the table and the picture, of what is there
 
 The map has three axes: the budget of optimizer steps (of all models of a method together), the sharpness of the true
 preferences (`spread`) and the conflict of the objectives, on data of `mopl.ranking.synthetic`, whose optimum is known.
-`bench.who_wins_cells` says what each method trains. Each method has the learning rate that is best for it at each
-budget, out of `RATES`, on data of a seed that is not in the map.
+`bench.who_wins_cells` says what each method trains. Each method has the learning rate of `RATES` and the number of
+`AVERAGES` that are best for it at each budget, on data of a sharpness and a seed that are not in the map.
 
 DIR/rows.jsonl has a line for each cell, seed and method, written when it is done: a run that was stopped goes on where
 it was. Seeds are the outermost loop, so that a run that is stopped leaves a whole map of fewer seeds. DIR/map.md and
@@ -30,17 +31,32 @@ from typing import Any
 import torch
 
 from bench import who_wins_map
-from bench.who_wins_cells import METHODS, Cell, Problem, Sizes, run
+from bench.who_wins_cells import METHODS, Cell, Choice, Problem, Sizes, run
 from mopl import _terminal
 
 BUDGETS = (0.25, 1.0, 4.0)
 SPREADS = (1.0, 3.0)
 CONFLICTS = (0.2, 0.6, 1.0)
-SEEDS = 3
+SEEDS = 5
 RATES = (3e-3, 1e-2, 3e-2)
-RATE_SEED, RATE_CELL = 1000, (1.7, 0.6)  # where learning rates are chosen: spread and conflict
+# By budget: trainings that are averaged into each model. With few steps a second one takes more than it gives.
+AVERAGES = {0.25: (1,), 1.0: (1,), 4.0: (1, 2)}
+CHOICE_SEED, CHOICE_CELL = 1000, (1.7, 0.6)  # where these are chosen: spread and conflict
 SECONDS_A_STEP = 0.006  # until there are rows that say
 AXES = ("budget", "spread", "conflict")
+KEPT = (
+    "role",
+    *AXES,
+    "seed",
+    "method",
+    "rate",
+    "average",
+    "models",
+    "steps",
+    "hypervolume",
+    "of_the_optimum",
+    "regret",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +71,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     parser.add_argument("--cells", default="", metavar="AXIS=VALUE,...", help="only these, such as budget=1,spread=3")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), metavar="NAME,...", help="only these (default: %(default)s)"
+    )
     parser.add_argument("--sizes", default="", metavar="NAME=NUMBER,...", help="sizes of all cells, for a quick look")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help="take up what is here, and write the figures here, a line for each row",
+    )
     parser.add_argument("--plan", action="store_true", help="say what would be done")
     parser.add_argument("--report", action="store_true", help="only write the map of what is there")
     given = parser.parse_args(arguments)
@@ -73,75 +98,92 @@ def _run(given: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the models are too small for more
     if given.seeds < 1:
         raise ValueError(f"--seeds is {given.seeds} but must be at least 1")
-    sizes = sizes_of(given.sizes)
-    cells = chosen(given.cells)
-    rows = read_rows(given.out / "rows.jsonl", sizes)
-    if given.report:
-        return report(given.out, rows, sizes)
-    budgets = sorted({cell[0] for cell in cells})
-    rate_jobs = [
-        (Cell(budget, *RATE_CELL, RATE_SEED), method, rate) for budget, method, rate in product(budgets, METHODS, RATES)
-    ]
-    if (least := round(budgets[0] * sizes.steps)) < max(sizes.points, sizes.objectives):
+    if given.keep is not None and not given.keep.parent.is_dir():
         raise ValueError(
-            f"--sizes has steps={sizes.steps}, which is {least} at budget {budgets[0]:g}, but dpo-ls trains "
-            f"{sizes.points} models; raise steps to {math.ceil(sizes.points / budgets[0])} or more"
+            f"--keep needs the folder {given.keep.parent}, which is not there; make it, or name another file"
         )
-    jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in METHODS]
+    sizes = sizes_of(given.sizes)
+    cells, methods = chosen(given.cells), given.methods.split(",")
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"--methods has {min(unknown)!r} but must be some of {', '.join(METHODS)}")
+    rows = read_rows(given.out / "rows.jsonl", sizes)
+    if given.keep is not None and given.keep.exists() and sizes == Sizes():
+        there = {key_of(row) for row in rows}
+        kept = (json.loads(line) for line in given.keep.read_text(encoding="utf-8").splitlines())
+        rows += [row for row in kept if key_of(row) not in there]
+    if given.report:
+        return report(given.out, rows, given.keep)
+    budgets = sorted({cell[0] for cell in cells})
+    choice_jobs = [
+        (Cell(budget, *CHOICE_CELL, CHOICE_SEED), method, Choice(rate, average))
+        for budget in budgets
+        for method, rate, average in product(methods, RATES, AVERAGES[budget])
+    ]
+    for budget in budgets:
+        least, fewest = round(budget * sizes.steps), max(AVERAGES[budget]) * max(sizes.points, sizes.objectives)
+        if least < fewest:
+            raise ValueError(
+                f"--sizes has steps={sizes.steps}, which is {least} at budget {budget:g}, but dpo-ls does {fewest} "
+                f"trainings there; raise steps to {math.ceil(fewest / budget)} or more"
+            )
+    jobs = [(Cell(*cell, seed), method, None) for seed in range(given.seeds) for cell in cells for method in methods]
     done = {key_of(row) for row in rows}
-    missing = [job for job in [*rate_jobs, *jobs] if key(*job) not in done]
-    print(plan(missing, len(rate_jobs) + len(jobs), rows, sizes))
+    missing = [job for job in [*choice_jobs, *jobs] if key(*job) not in done]
+    print(plan(missing, len(choice_jobs) + len(jobs), rows, sizes))
     if given.plan:
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     work(missing, rows, given.out / "rows.jsonl", sizes)
-    return report(given.out, rows, sizes)
+    return report(given.out, rows, given.keep)
 
 
 def work(missing: list, rows: list[dict[str, Any]], file: Path, sizes: Sizes) -> None:
     """Do what is missing, a line of the file for each; `rows` grow with it."""
     problem, of = None, None
-    for number, (cell, method, rate) in enumerate(missing):
+    for number, (cell, method, choice) in enumerate(missing):
         if of != (cell.spread, cell.conflict, cell.seed):
             of = (cell.spread, cell.conflict, cell.seed)
             problem = Problem(*of, sizes)
         began = time.perf_counter()
         with _terminal.quietly():
-            row = run(problem, cell, method, best_rate(rows, cell.budget, method) if rate is None else rate)
-        row = {"role": "map" if rate is None else "rate", **row, "sizes": dataclasses.asdict(sizes)}
+            row = run(problem, cell, method, best_choice(rows, cell.budget, method) if choice is None else choice)
+        row = {"role": "map" if choice is None else "choice", **row, "sizes": dataclasses.asdict(sizes)}
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         rows.append(row)
         left = remaining(missing[number + 1 :], rows, sizes)
         print(
             f"[{number + 1}/{len(missing)}] budget {cell.budget:g}, spread {cell.spread:g}, conflict "
-            f"{cell.conflict:g}, seed {cell.seed}, {method} at {row['rate']:g}: {row['of_the_optimum']:.3f} of the "
+            f"{cell.conflict:g}, seed {cell.seed}, {method} at {row['rate']:g}"
+            f"{' x 2' if row['average'] == 2 else ''}: {row['of_the_optimum']:.3f} of the "
             f"optimum, {time.perf_counter() - began:.1f} s; about {left / 60:.0f} CPU minutes left",
             flush=True,
         )
 
 
-def best_rate(rows: list[dict[str, Any]], budget: float, method: str) -> float:
-    """Return the learning rate with the largest hypervolume where rates are chosen."""
-    tried = [row for row in rows if row["role"] == "rate" and (row["budget"], row["method"]) == (budget, method)]
-    return max(tried, key=lambda row: row["hypervolume"])["rate"]
+def best_choice(rows: list[dict[str, Any]], budget: float, method: str) -> Choice:
+    """Return the choice with the largest hypervolume where choices are made."""
+    tried = [row for row in rows if row["role"] == "choice" and (row["budget"], row["method"]) == (budget, method)]
+    best = max(tried, key=lambda row: row["hypervolume"])
+    return Choice(best["rate"], best["average"])
 
 
-def key(cell: Cell, method: str, rate: float | None) -> tuple:
+def key(cell: Cell, method: str, choice: Choice | None) -> tuple:
     """Return what identifies a row."""
-    return ("map" if rate is None else "rate", *dataclasses.astuple(cell), method, rate)
+    return ("map" if choice is None else "choice", *dataclasses.astuple(cell), method, choice)
 
 
 def key_of(row: dict[str, Any]) -> tuple:
     """Return the same of a row that is there."""
-    rate = row["rate"] if row["role"] == "rate" else None
-    return (row["role"], *(row[axis] for axis in AXES), row["seed"], row["method"], rate)
+    choice = Choice(row["rate"], row["average"]) if row["role"] == "choice" else None
+    return (row["role"], *(row[axis] for axis in AXES), row["seed"], row["method"], choice)
 
 
 def remaining(missing: list, rows: list[dict[str, Any]], sizes: Sizes) -> float:
     """Return how many seconds of CPU time the rest takes, by what a step of the rows that are there took."""
-    steps = sum(row["steps"] for row in rows)
-    each = sum(row["cpu_seconds"] for row in rows) / steps if steps else SECONDS_A_STEP
+    timed = [row for row in rows if "cpu_seconds" in row]
+    steps = sum(row["steps"] for row in timed)
+    each = sum(row["cpu_seconds"] for row in timed) / steps if steps else SECONDS_A_STEP
     return each * sum(round(cell.budget * sizes.steps) for cell, _, _ in missing)
 
 
@@ -205,17 +247,26 @@ def read_rows(file: Path, sizes: Sizes) -> list[dict[str, Any]]:
     return rows
 
 
-def report(out: Path, rows: list[dict[str, Any]], sizes: Sizes) -> int:
-    """Write the map of the rows."""
-    rows = [row for row in rows if row["role"] == "map"]
+def report(out: Path, rows: list[dict[str, Any]], keep: Path | None = None) -> int:
+    """Write the map of the rows, and the rows themselves into a file to keep."""
+    every, rows = rows, [row for row in rows if row["role"] == "map"]
     if not rows:
         raise ValueError(f"{out / 'rows.jsonl'} has no row of the map yet; run without --report first")
     text = who_wins_map.table(rows)
     (out / "map.md").write_text(text, encoding="utf-8")
     who_wins_map.picture(rows, out / "map.png")
+    if keep is not None:
+        kept = sorted(every, key=lambda row: [row[name] for name in KEPT[:8]])
+        lines = (json.dumps({name: rounded(row[name]) for name in KEPT}) for row in kept)
+        keep.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(text)
     print(f"written: {out / 'map.md'}, {out / 'map.png'}")
     return 0
+
+
+def rounded(value: Any) -> Any:
+    """Return a number with six digits, which are more than the figures mean; anything else as it is."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

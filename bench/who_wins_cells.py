@@ -1,13 +1,15 @@
 """What `bench.who_wins` trains: one cell of the map is data with a known optimum, a budget and a seed.
 
 Every method of a cell has the same data, base model, network, batches and **total** number of optimizer steps: what a
-method trains is cut from one budget, evenly. Steps are all of one size (as many lists), so equal steps are equal cost.
+method trains is cut from one budget, evenly. Steps are all of one size (as many lists, one pass of the network).
 
-| method              | models trained               | steps of each     |
-|---------------------|------------------------------|-------------------|
-| `heads`, `concat`   | one, conditioned on weights  | all               |
-| `dpo-ls`, `mo-dpo`  | one for each of n trade-offs | a share of n      |
-| `dpo-soup`          | one for each of m objectives | a share of m      |
+| method                       | models trained               | steps of each     |
+|------------------------------|------------------------------|-------------------|
+| `mixture`, `concat`          | one, conditioned on weights  | all               |
+| `dpo-ls`, `mo-dpo`           | one for each of n trade-offs | a share of n      |
+| `dpo-soup`                   | one for each of m objectives | a share of m      |
+
+Each model may be the average of several trainings, as `mopl rank --average` makes it: these share its steps.
 
 The experts that MO-DPO needs are its models at the ends of the grid, so it pays for n models and not for n + m.
 Everything is the library's own: `mopl.ranking` and `mopl.training`, with the validation of `mopl rank`.
@@ -18,11 +20,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mopl import steering
 from mopl.conditioning.samplers import dirichlet_weights, fixed
 from mopl.experiments.cos_dpo import modpo_loss, scalarized_loss, vertices, vertices_and_centre
 from mopl.experiments.methods import TABLE
@@ -32,15 +35,22 @@ from mopl.ranking.evaluate import in_batches, reference_scores, score_items
 from mopl.ranking.methods import Batches, ConditionedPolicy, FixedPolicy, ListSource, Policy, main_loss, score_batch
 from mopl.ranking.metrics import ndcg
 from mopl.ranking.model import RankingModel
-from mopl.ranking.stages import untrained
+from mopl.ranking.stages import order_of, shared_out, untrained
 from mopl.ranking.synthetic import distance_to_optimum, expected_losses, synthetic, true_scores
 from mopl.ranking.transformer import ListTransformer
 from mopl.ranking.validation import Validation
 from mopl.training import TrainingConfig, train
 
-CONDITIONED = {"heads": "heads", "concat": "concat"}  # by name in the map: RankConfig.conditioning
+CONDITIONED = ("mixture", "concat")  # by name in the map, which is that of RankConfig.conditioning
 RIVALS = ("dpo-ls", "dpo-soup", "mo-dpo")
 METHODS = (*CONDITIONED, *RIVALS)
+
+
+class Choice(NamedTuple):
+    """How a method is trained, chosen for each budget."""
+
+    rate: float
+    average: int  # trainings that share the steps of each model and are averaged into it; see RankConfig.average
 
 
 @dataclass(frozen=True)
@@ -123,13 +133,31 @@ class Problem:
     def fit(
         self,
         steps: int,
-        rate: float,
+        choice: Choice,
         weights: Tensor | None = None,
         *,
         conditioning: str | None = None,
         experts: Tensor | None = None,
     ) -> RankingModel:
         """Train one model: for weights (m,), by MO-DPO if scores (N, m) of experts are given; or conditioned."""
+        models = [
+            self._fit(share, choice.rate, order_of(self.seed, place), weights, conditioning, experts)
+            for place, share in enumerate(shared_out(steps, choice.average))
+        ]
+        states = [model.network.state_dict() for model in models]
+        if len(states) > 1:
+            models[0].network.load_state_dict(steering.soup(states, [1 / len(states)] * len(states)))
+        return models[0]
+
+    def _fit(
+        self,
+        steps: int,
+        rate: float,
+        order: int,
+        weights: Tensor | None,
+        conditioning: str | None,
+        experts: Tensor | None,
+    ) -> RankingModel:
         m, batch = self.sizes.objectives, self.sizes.batch
         config = dataclasses.replace(self.config, conditioning=conditioning or self.config.conditioning)
         torch.manual_seed(self.seed)  # every model starts from the same parameters
@@ -146,17 +174,17 @@ class Problem:
             anchor = int(weights.argmax())
             loss = modpo_loss(score_batch, config.list_loss, anchor, self.names[anchor])
         source = ListSource(
-            self.train, batch, seed=self.seed, reference=self.reference, weights=sampler,
+            self.train, batch, seed=order, reference=self.reference, weights=sampler,
             beta=fixed(self.beta, batch), experts=experts,
         )  # fmt: skip
         selection = self.validation.of_tuned(asked, self.beta, steps)
         train(model, source, loss, self._training(steps, rate), selection=selection)
         return model.eval()
 
-    def policy(self, method: str, steps: int, rate: float) -> tuple[Policy, list[int]]:
+    def policy(self, method: str, steps: int, choice: Choice) -> tuple[Policy, list[int]]:
         """Train a method with `steps` in all; return it and the steps of each of its models."""
         if method in CONDITIONED:
-            return ConditionedPolicy(self.fit(steps, rate, conditioning=CONDITIONED[method])), [steps]
+            return ConditionedPolicy(self.fit(steps, choice, conditioning=method)), [steps]
         ends = vertices(self.sizes.objectives)
         asked = ends if method == "dpo-soup" else self.grid
         shares = shared_out(steps, len(asked))
@@ -165,11 +193,11 @@ class Problem:
         if method == "mo-dpo":
             places = [int((self.grid - end).abs().sum(1).argmin()) for end in ends]
             for place in places:
-                models[place] = self.fit(shares[place], rate, self.grid[place])
+                models[place] = self.fit(shares[place], choice, self.grid[place])
             experts = torch.stack([self._scores(models[place]) for place in places], 1)
         for place, w in enumerate(asked):
             if models[place] is None:
-                models[place] = self.fit(shares[place], rate, w, experts=experts)
+                models[place] = self.fit(shares[place], choice, w, experts=experts)
         states = [{k: v.clone() for k, v in model.network.state_dict().items()} for model in models]  # type: ignore[union-attr]
         return FixedPolicy(models[0], states, None if method == "dpo-soup" else self.grid), shares  # type: ignore[arg-type]
 
@@ -199,21 +227,14 @@ class Problem:
         }
 
 
-def shared_out(steps: int, models: int) -> list[int]:
-    """Return the steps of each model: as even as can be, `steps` in all, each at least one."""
-    if steps < models:
-        raise ValueError(f"a budget of {steps} steps does not reach for {models} models; take a larger one")
-    return [steps // models + (place < steps % models) for place in range(models)]
-
-
-def run(problem: Problem, cell: Cell, method: str, rate: float) -> dict[str, Any]:
+def run(problem: Problem, cell: Cell, method: str, choice: Choice) -> dict[str, Any]:
     """Train and measure one method in one cell."""
     began = time.process_time()
     total = round(cell.budget * problem.sizes.steps)
-    policy, steps = problem.policy(method, total, rate)
+    policy, steps = problem.policy(method, total, choice)
     seconds = time.process_time() - began
     return {
         "budget": cell.budget, "spread": cell.spread, "conflict": cell.conflict, "seed": cell.seed, "method": method,
-        "rate": rate, **problem.measure(policy), "steps": total, "models": len(steps),
+        "rate": choice.rate, "average": choice.average, **problem.measure(policy), "steps": total, "models": len(steps),
         "cpu_seconds": round(seconds, 2),
     }  # fmt: skip

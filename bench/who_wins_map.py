@@ -10,16 +10,19 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.who_wins_cells import CONDITIONED, RIVALS
+from bench.who_wins_cells import CONDITIONED, METHODS, RIVALS
 from mopl._files import write_file
 
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 beyond.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 AXES = ("budget", "spread", "conflict")
-SPAN = 20.0  # percent at which a colour is full
+LINEAR = 5.0  # percent up to which the colours of the picture are even; beyond, by the logarithm
+SHOWN = {"mixture": "--conditioning mixture", "concat": "--conditioning concat, the paper's"}  # in the picture
+NEEDED = ("mixture", "dpo-ls", "dpo-soup")  # without which a cell says nothing
 GOAL = -2.0  # percent: how far the conditioned model may be behind
 
 
@@ -54,19 +57,30 @@ Cells = dict[tuple[float, ...], dict[str, dict[int, dict[str, Any]]]]
 
 
 def by_cell(rows: list[dict[str, Any]]) -> Cells:
-    """Return rows by (budget, spread, conflict), method and seed; only seeds that every method of the cell has."""
+    """Return rows by (budget, spread, conflict), method and seed.
+
+    Only seeds that all of `NEEDED` have in a cell count there, and only methods that have them in every cell.
+    """
     found: Cells = {}
     for row in rows:
         cell = tuple(row[axis] for axis in AXES)
         found.setdefault(cell, {}).setdefault(row["method"], {})[row["seed"]] = row
     whole = {}
     for cell, methods in sorted(found.items()):
-        seeds = set.intersection(*(set(each) for each in methods.values()))
-        if seeds and set(methods) >= {*CONDITIONED, *RIVALS}:
-            whole[cell] = {name: {s: each[s] for s in sorted(seeds)} for name, each in methods.items()}
+        seeds = set.intersection(*(set(methods.get(name, ())) for name in NEEDED))
+        if seeds:
+            there = [name for name in METHODS if seeds <= set(methods.get(name, ()))]
+            whole[cell] = {name: {s: methods[name][s] for s in sorted(seeds)} for name in there}
     if not whole:
-        raise ValueError("no cell has all methods yet; run without --report until one has")
-    return whole
+        raise ValueError(f"no cell has {', '.join(NEEDED)} yet; run without --report until one has")
+    shared = set.intersection(*(set(methods) for methods in whole.values()))
+    return {cell: {name: methods[name] for name in methods if name in shared} for cell, methods in whole.items()}
+
+
+def names_of(cells: Cells) -> tuple[list[str], list[str]]:
+    """Return the conditioned methods and the rivals that the cells have."""
+    there = next(iter(cells.values()))
+    return [name for name in CONDITIONED if name in there], [name for name in RIVALS if name in there]
 
 
 def mean_of(seeds: dict[int, dict[str, Any]], figure: str) -> float:
@@ -76,52 +90,66 @@ def mean_of(seeds: dict[int, dict[str, Any]], figure: str) -> float:
 
 def difference(methods: dict[str, dict[int, dict[str, Any]]], method: str) -> Difference:
     """Return how far a method is ahead of the best rival of its cell."""
-    rival = max(RIVALS, key=lambda name: mean_of(methods[name], "hypervolume"))
+    rivals = [name for name in RIVALS if name in methods]
+    rival = max(rivals, key=lambda name: mean_of(methods[name], "hypervolume"))
     ours, theirs = methods[method], methods[rival]
     values = [100 * (ours[s]["hypervolume"] / theirs[s]["hypervolume"] - 1) for s in ours]
     return Difference(rival, tuple(values), *interval(values))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the map as a Markdown table, and what it comes to."""
+    """Return the map as a Markdown table, the regrets as another, and what they come to."""
     cells = by_cell(rows)
+    methods_there = [name for names in names_of(cells) for name in names]
+    names = (*AXES, *methods_there)
+    ours = CONDITIONED[0]
     lines = [
-        f"| {' | '.join((*AXES, *CONDITIONED, *RIVALS))} | heads ahead of the best rival, % | seeds ahead |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        f"| {' | '.join(names)} | {ours} ahead of the best rival, % | seeds ahead |", "|" + "---|" * (len(names) + 2),
+    ]  # fmt: skip
     for cell, methods in cells.items():
-        figures = {name: mean_of(methods[name], "of_the_optimum") for name in (*CONDITIONED, *RIVALS)}
+        figures = {name: mean_of(methods[name], "of_the_optimum") for name in methods_there}
         best = max(figures.values())
         shown = (f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in figures.values())
-        lead = difference(methods, "heads")
-        said = f"{lead.mean:+.1f} [{lead.low:+.1f}, {lead.high:+.1f}] ({lead.rival})"
+        lead = difference(methods, ours)
+        said = f"{lead.mean:+.1f}{ends_of(lead.low, lead.high)} ({lead.rival})"
         lines.append(f"| {' | '.join(f'{x:g}' for x in cell)} | {' | '.join(shown)} | {said} | {lead.seeds_ahead} |")
-    return "\n".join([*lines, "", summary(cells), ""])
+    return "\n".join([*lines, "", regrets(cells), "", summary(cells), ""])
+
+
+def regrets(cells: Cells) -> str:
+    """Return the mean regrets over seeds, in nats, as a Markdown table."""
+    names = [name for names in names_of(cells) for name in names]
+    lines = [f"| {' | '.join((*AXES, *names))} |", "|" + "---|" * (len(AXES) + len(names))]
+    for cell, methods in cells.items():
+        figures = [mean_of(methods[name], "regret") for name in names]
+        shown = (f"**{x:.3f}**" if x == min(figures) else f"{x:.3f}" for x in figures)
+        lines.append(f"| {' | '.join(f'{x:g}' for x in cell)} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def summary(cells: Cells) -> str:
-    """Return how often each conditioned model is ahead and behind."""
-    parts = []
-    for name in CONDITIONED:
+    """Return how often each conditioned model is ahead and behind, as a list of sentences."""
+    parts, (conditioned, rivals) = [], names_of(cells)
+    for name in conditioned:
         leads = [difference(methods, name) for methods in cells.values()]
         worst = min(leads, key=lambda lead: lead.mean)
         parts.append(
-            f"{name}: ahead of the best rival in {sum(lead.mean > 0 for lead in leads)} of {len(leads)} cells "
-            f"({sum(lead.low > 0 for lead in leads)} beyond doubt), behind in {sum(lead.mean < 0 for lead in leads)} "
-            f"({sum(lead.high < 0 for lead in leads)} beyond doubt), by more than {-GOAL:g} % in "
-            f"{sum(lead.mean < GOAL for lead in leads)}; at worst {worst.mean:+.1f} %"
+            f"`{name}` is ahead of the best rival in {sum(lead.mean > 0 for lead in leads)} of {len(leads)} squares, "
+            f"with an interval above 0 in {sum(lead.low > 0 for lead in leads)}, and behind in "
+            f"{sum(lead.mean < 0 for lead in leads)}, with an interval below 0 in "
+            f"{sum(lead.high < 0 for lead in leads)}. It is more than {-GOAL:g} % behind in "
+            f"{sum(lead.mean < GOAL for lead in leads)}; the worst is {worst.mean:+.1f} %."
         )
     for budget in sorted({cell[0] for cell in cells}):
         here = {cell: methods for cell, methods in cells.items() if cell[0] == budget}
-        said = (f"{name} {over(here, name)}" for name in CONDITIONED)
-        parts.append(
-            f"budget {budget:g}, mean over its cells of the lead over the best rival of each: {', '.join(said)}"
-        )
-    names = (*CONDITIONED, *RIVALS)
+        said = ", ".join(f"{over(here, name)} for `{name}`" for name in conditioned)
+        parts.append(f"At budget {budget:g} the mean lead over the best rival of each square is {said}.")
+    names = (*conditioned, *rivals)
     least = [min(names, key=lambda name: mean_of(methods[name], "regret")) for methods in cells.values()]
-    parts.append("least regret: " + ", ".join(f"{name} in {least.count(name)} cells" for name in names))
+    counts = ", ".join(f"{least.count(name)} to `{name}`" for name in names if name in least)
+    parts.append(f"The least regret belongs, in squares: {counts}.")
     seeds = sorted({len(each) for methods in cells.values() for each in methods.values()})
-    parts.append(f"seeds of a cell: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}")
+    parts.append(f"Seeds of a square: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}.")
     return "\n".join(f"* {part}" for part in parts)
 
 
@@ -130,7 +158,12 @@ def over(cells: Cells, method: str) -> str:
     leads = [difference(methods, method) for methods in cells.values()]
     count = min(len(lead.values) for lead in leads)
     mean, low, high = interval([sum(lead.values[s] for lead in leads) / len(leads) for s in range(count)])
-    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+    return f"{mean:+.1f} %{ends_of(low, high)}"
+
+
+def ends_of(low: float, high: float) -> str:
+    """Return an interval in brackets, or nothing where one seed gives none."""
+    return f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else ""
 
 
 def picture(rows: list[dict[str, Any]], file: Path) -> None:
@@ -139,44 +172,49 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import SymLogNorm
 
     cells = by_cell(rows)
     budgets, spreads, conflicts = (sorted({cell[axis] for cell in cells}) for axis in range(3))
-    titles = {"heads": "conditioned, --conditioning heads", "concat": "conditioned, --conditioning concat"}
-    size = (0.9 + 3.0 * len(budgets), 1.0 + 2 * (0.5 + 0.8 * len(spreads)))
-    with plt.rc_context({"font.size": 8.5, "font.family": "DejaVu Sans"}):
-        figure, panels = plt.subplots(len(titles), len(budgets), figsize=size, squeeze=False, layout="constrained")
+    shown = {name: title for name, title in SHOWN.items() if name in next(iter(cells.values()))}
+    leads = {(cell, name): difference(methods, name) for cell, methods in cells.items() for name in shown}
+    widest = 10 * math.ceil(max(10.0, *(abs(lead.mean) for lead in leads.values())) / 10)
+    colours = SymLogNorm(LINEAR, vmin=-widest, vmax=widest, base=10)
+    size = (1.2 + 4.0 * len(budgets), 1.2 + len(shown) * (0.8 + 1.35 * len(spreads)))
+    with plt.rc_context({"font.size": 13, "font.family": "DejaVu Sans"}):
+        figure, panels = plt.subplots(len(shown), len(budgets), figsize=size, squeeze=False, layout="constrained")
         image: Any = None
-        for row, name in enumerate(titles):
+        for row, (name, title) in enumerate(shown.items()):
             for column, budget in enumerate(budgets):
                 axes = panels[row][column]
                 grid = [[math.nan] * len(conflicts) for _ in spreads]
-                for y, spread in enumerate(spreads):
-                    for x, conflict in enumerate(conflicts):
-                        methods = cells.get((budget, spread, conflict))
-                        if methods is None:
-                            continue
-                        lead = difference(methods, name)
-                        grid[y][x] = lead.mean
-                        said = f"{lead.mean:+.1f} %\n{lead.seeds_ahead} seeds\n{lead.rival}"
-                        axes.text(
-                            x, y, said, ha="center", va="center", fontsize=7.5,
-                            weight="bold" if len({value > 0 for value in lead.values}) == 1 else "normal",
-                            color="white" if abs(lead.mean) > 0.7 * SPAN else "#222222",
-                        )  # fmt: skip
-                image = axes.imshow(grid, cmap="RdBu", vmin=-SPAN, vmax=SPAN, origin="lower", aspect="auto")
+                for y, x in product(range(len(spreads)), range(len(conflicts))):
+                    lead = leads.get(((budget, spreads[y], conflicts[x]), name))
+                    if lead is None:
+                        continue
+                    grid[y][x] = lead.mean
+                    axes.text(
+                        x, y, f"{lead.mean:+.1f} %\n{lead.seeds_ahead} seeds\n{lead.rival}", ha="center", va="center",
+                        weight="bold" if len({value > 0 for value in lead.values}) == 1 else "normal",
+                        color="white" if abs(float(colours(lead.mean)) - 0.5) > 0.33 else "#222222",
+                    )  # fmt: skip
+                image = axes.imshow(grid, cmap="RdBu", norm=colours, origin="lower", aspect="auto")
                 axes.set_xticks(range(len(conflicts)), [f"{x:g}" for x in conflicts])
                 axes.set_yticks(range(len(spreads)), [f"{y:g}" for y in spreads])
                 axes.tick_params(length=0)
-                axes.set_title(f"{titles[name]}\nbudget {budget:g}" if column == 0 else f"budget {budget:g}", size=8.5,
-                               loc="left")  # fmt: skip
+                axes.set_title(
+                    f"{title}\nbudget {budget:g}" if column == 0 else f"budget {budget:g}", size=13, loc="left"
+                )
                 if column == 0:
-                    axes.set_ylabel("spread: sharpness of the truth")
-                if row == len(titles) - 1:
+                    axes.set_ylabel("spread (sharpness)")
+                if row == len(shown) - 1:
                     axes.set_xlabel("conflict of the objectives")
-        bar = figure.colorbar(image, ax=panels, shrink=0.7, pad=0.01)
+        ticks = [x for x in (2, 5, 10, 20, 50, 100) if x < widest] + [widest]
+        marks = [*(-x for x in reversed(ticks)), 0, *ticks]
+        bar = figure.colorbar(image, ax=panels, shrink=0.85, pad=0.01, ticks=marks, format="%+g")
+        bar.ax.minorticks_off()
         bar.set_label("hypervolume beyond the best rival's, %")
         written = io.BytesIO()
-        figure.savefig(written, format="png", dpi=130, metadata={"Software": None})
+        figure.savefig(written, format="png", dpi=110, metadata={"Software": None})
         plt.close(figure)
     write_file(file, written.getvalue())

@@ -299,3 +299,36 @@ def _gain(labels: Tensor, gain: str) -> Tensor:
 def _sum_over_pairs(u: Tensor, labels: Tensor, loss: Callable[[int, int], Tensor]) -> Tensor:
     n = range(len(u))
     return sum((loss(i, j) for i in n for j in n if labels[i] > labels[j]), u.new_zeros(()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trade-offs
+
+
+def mixture_of_objectives(
+    scores: Tensor,  # (B, K, m)
+    weights: Tensor,  # (B, m)
+    beta: Tensor,  # (B, m)
+    mask: Tensor | None = None,
+) -> Tensor:  # (B, K)
+    """Return (1/b) log sum_j v_j softmax(b h_j) over the items of each list, 0 in masked places.
+
+    v_j is w_j beta_j² / sum_k w_k beta_k², and b is sum_j v_j beta_j. With one beta, v is w, b is beta, and scores h_j
+    that minimise the listwise cross-entropy of their own labels give those that minimise the weighted sum.
+    """
+    batch, size, objectives = scores.shape
+    rows = scores.new_zeros(batch, size)
+    for i in range(batch):
+        items = torch.arange(size) if mask is None else mask[i].nonzero()[:, 0]
+        shares = weights[i] * beta[i] ** 2
+        shares = shares / shares.sum()
+        b = (shares * beta[i]).sum()
+        terms = []
+        for j in range(objectives):
+            if len(items) and shares[j] > 0:
+                h = b * scores[i, items, j]
+                terms.append(shares[j].log() + h - _logsumexp(h))
+        if terms:
+            each = torch.stack([_logsumexp(of_item) for of_item in torch.stack(terms, 1)])
+            rows = rows.index_put((torch.tensor(i), items), each / b)
+    return rows

@@ -29,8 +29,8 @@ examples:
 RANK = Experiment(
     name="rank", help="train a ranker for every trade-off", examples=EXAMPLES,
     settings=RankConfig, recipe="mopl.ranking.recipe", train="rank", folder="runs/rank-DATA-METHOD-N",
-    basic=("data", "objectives", "method", "loss", "beta", "steps", "batch_size", "learning_rate", "points", "seed",
-           "device"),
+    basic=("data", "objectives", "method", "conditioning", "loss", "beta", "steps", "batch_size", "learning_rate",
+           "points", "seed", "device"),
     hint=lambda run: (try_with("steer", run),),
 )  # fmt: skip
 

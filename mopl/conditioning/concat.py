@@ -18,6 +18,8 @@ class ConcatCondition(nn.Module):
     Args:
         objectives: m.
         takes_beta: Whether the model is also conditioned on β.
+        takes_weights: Whether the weights are appended; false for a model that applies them to what it gives, as
+            `mopl.ranking.mixture` does.
 
     Attributes:
         extra_features: Number of features that are appended.
@@ -26,13 +28,13 @@ class ConcatCondition(nn.Module):
     temperature = renamed_attribute("ConcatCondition.temperature", "takes_beta")
 
     @renamed_keywords(temperature="takes_beta")
-    def __init__(self, objectives: int, *, takes_beta: bool = False):
+    def __init__(self, objectives: int, *, takes_beta: bool = False, takes_weights: bool = True):
         super().__init__()
         if objectives < 1:
             raise ValueError(f"objectives is {objectives} but must be at least 1")
         self.objectives = objectives
-        self.takes_beta = takes_beta
-        self.extra_features = objectives * (2 if takes_beta else 1)
+        self.takes_beta, self.takes_weights = takes_beta, takes_weights
+        self.extra_features = objectives * (takes_beta + takes_weights)
 
     @renamed_keywords(temperature="beta")
     def forward(
@@ -40,7 +42,7 @@ class ConcatCondition(nn.Module):
         features: Tensor,  # (B, K, F)
         weights: Tensor,  # (m,), (1, m) or (B, m)
         beta: Tensor | None = None,  # the same
-    ) -> Tensor:  # (B, K, F + m) or (B, K, F + 2 m)
+    ) -> Tensor:  # (B, K, F + extra_features)
         """Append the condition to the features.
 
         Args:
@@ -59,7 +61,9 @@ class ConcatCondition(nn.Module):
             raise ValueError(f"features has shape {shape_of(features)} but must be (B, K, F)")
         unwanted = "to a model that is not conditioned on it; make it with takes_beta=True"
         check_beta_given(beta, self.takes_beta, unwanted)
-        parts = [features, self._per_item(weights, features, "weights")]
+        parts, w = [features], self._per_item(weights, features, "weights")
+        if self.takes_weights:
+            parts.append(w)
         if beta is not None:
             parts.append(self._per_item(beta / beta.sum(-1, keepdim=True), features, "beta"))
         return torch.cat(parts, -1)
@@ -78,4 +82,5 @@ class ConcatCondition(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module in its repr."""
-        return f"objectives={self.objectives}, takes_beta={self.takes_beta}"
+        shown = f"objectives={self.objectives}, takes_beta={self.takes_beta}"
+        return shown if self.takes_weights else f"{shown}, takes_weights=False"

@@ -87,6 +87,7 @@ class Scored:
     reference: Tensor  # (B, K)
     experts: Tensor | None = None  # (B, m, K), for `mo-dpo`
     logs: dict[str, Tensor] = field(default_factory=dict)  # what else is logged
+    alone: Tensor | None = None  # (B, m, K) for each objective alone, where they come from the same pass
 
 
 Score = Callable[[nn.Module, Any], Scored]
@@ -193,13 +194,19 @@ def scalarized_loss(
 ) -> StepLoss:
     """Return the training loss of a model, the mean over lists of `scalarized`; `names` are those of the objectives.
 
-    Where β is one number, `common_beta`, one softmax serves all objectives.
+    Where β is one number, `common_beta`, one softmax serves all objectives. Where the scores of each objective alone
+    are known, a list counts as the mean over the drawn weights and the m ends, at which one weight is 1.
     """
 
     def step_loss(model: nn.Module, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         found = score(model, batch)
         vector = loss(found.scores, batch.lists, batch.beta if common_beta is None else common_beta, found.reference)
         value = scalarized(vector, batch.weights, penalty=penalty, penalty_sign=penalty_sign)
+        if found.alone is not None:
+            for j, scores in enumerate(found.alone.unbind(1)):
+                beta = batch.beta[:, j : j + 1] if common_beta is None else common_beta
+                value = value + loss(scores, batch.lists, beta, found.reference, objective=j)[:, 0]
+            value = value / (1 + len(names))
         logs = {f"loss/{name}": mean for name, mean in zip(names, vector.detach().mean(0), strict=True)}
         return value.mean(), logs | found.logs
 

@@ -1,6 +1,7 @@
 """One training of a run: done once, continued where it was interrupted, recorded last.
 
-While a model is trained, its folder holds `checkpoints/` (and what else a training keeps to go on). When it has ended,
+While a model is trained, its folder holds `checkpoints/` (and what else a training keeps to go on: `averaged/` has the
+trainings whose parameters will be averaged). When it has ended,
 the model is saved, then `training.json` is written, then the checkpoints are dropped: a folder with `training.json` is
 finished and is only read from then on.
 """
@@ -30,7 +31,7 @@ from mopl.training.parallel import exists_on_main, on_main
 if TYPE_CHECKING:
     from mopl.experiments.driver import Recipe
 
-CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
+CHECKPOINTS, ROLLOUTS, AVERAGED = "checkpoints", "rollouts", "averaged"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class RunStages(ABC):
         def write() -> None:
             save(folder)
             write_file(folder / DONE, json.dumps(done.to_dict(), indent=2) + "\n")
-            for name in (CHECKPOINTS, ROLLOUTS):
+            for name in (CHECKPOINTS, ROLLOUTS, AVERAGED):
                 if (folder / name).exists():
                     discard_folder(folder / name)
 

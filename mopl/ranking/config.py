@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ALL", "CONDITIONED", "EMBEDDED", "METHODS", "RankConfig"]
 
 EMBEDDED = ("travel", "synthetic")
+FEWEST_STEPS = 200  # of a tuned model, where none are given
 
 
 def _located_data(data: str) -> str:
@@ -32,7 +33,7 @@ class RankConfig(CosDpoSettings):
     """Settings of a ranking run. Every default is ours unless a section of the paper (Ren et al.) is named."""
 
     # What a record that lacks a setting means by it: a version without patience trained all steps.
-    WHERE_MISSING: ClassVar[Mapping[str, Any]] = {"patience": 0, "conditioning": "concat"}
+    WHERE_MISSING: ClassVar[Mapping[str, Any]] = {"patience": 0, "conditioning": "concat", "average": 1}
 
     data: str = setting(
         "travel",
@@ -71,13 +72,21 @@ class RankConfig(CosDpoSettings):
         "augment: the network's output is added to the base model's scores, which needs fewer steps and is "
         "closed under equation (14); scratch: it is the scores (appendix A.6.3 has both)",
     )
-    conditioning: Literal["concat", "heads"] = in_method(
+    conditioning: Literal["concat", "heads", "mixture"] = in_method(
         "concat",
         "how weights enter a conditioned model; concat: appended to the features of every item (section 4.1); heads: "
-        "the same, plus one output of the network for each objective, summed with the weights, which needs fewer steps",
+        "the same, plus one output of the network for each objective, summed with the weights; mixture: these outputs "
+        "alone, mixed as the best scores for weighted losses are, which needs the fewest steps",
     )
     steps: int | None = setting(
         None, "optimizer steps of each tuned model; the base model has --base-steps", unset="10 epochs, at least 200"
+    )
+    average: int = in_training(
+        1,
+        "trainings of an equal share of the steps, from one start with the lists in other orders, whose parameters are "
+        "averaged into each tuned model; 2 helps where there are enough steps to overfit",
+        at_least=1,
+        metavar="N",
     )
     base_steps: int | None = in_training(
         None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0
@@ -120,6 +129,11 @@ class RankConfig(CosDpoSettings):
         for name in ("hidden", "base_hidden"):
             if getattr(self, name) % self.heads:
                 raise ValueError(f"{name} is {getattr(self, name)} but heads = {self.heads} must divide it")
+        if self.average > max(least := FEWEST_STEPS if self.steps is None else self.steps, 1):
+            raise ValueError(
+                f"average is {self.average} but steps is {least}, which the trainings share; take more steps, or a "
+                "smaller average"
+            )
         if self.conditioning != "concat" and not set(CONDITIONED) & set(self.methods):
             raise ValueError(
                 f"conditioning is {self.conditioning!r} but method {self.method!r} trains no conditioned model; leave "
@@ -153,6 +167,6 @@ class RankConfig(CosDpoSettings):
     def resolved(self, lists: int) -> "Self":
         """Return the settings with the numbers of steps that `lists` training lists ask for, where none were given."""
         epoch = math.ceil(lists / min(self.batch_size, lists))
-        steps = max(200, 10 * epoch) if self.steps is None else self.steps
+        steps = max(FEWEST_STEPS, 10 * epoch) if self.steps is None else self.steps
         base_steps = max(100, 3 * epoch) if self.base_steps is None else self.base_steps
         return dataclasses.replace(self, steps=steps, base_steps=base_steps)

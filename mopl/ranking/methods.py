@@ -66,8 +66,13 @@ class ListSource(StepSource):
 
 
 def score_batch(model: nn.Module, batch: StepBatch) -> Scored:
-    """Return the scores of a batch, and those of the base model and of the experts, which are known."""
-    config, lists = unwrapped(model).config, batch.lists
+    """Return the scores of a batch, and those of the base model and of the experts, which are known.
+
+    A model that mixes its outputs is seen at each objective alone, too: its network does not see the weights, so that
+    costs no pass, and every output learns from every list.
+    """
+    plain, lists = unwrapped(model), batch.lists
+    config, mixes = plain.config, plain.mixes
     assert batch.reference is not None
     scores = model(
         lists.features,
@@ -75,7 +80,10 @@ def score_batch(model: nn.Module, batch: StepBatch) -> Scored:
         beta=batch.beta if config.takes_beta else None,
         mask=lists.mask,
         reference=batch.reference,
+        **({"alone": True} if mixes else {}),
     )
+    if mixes:
+        return Scored(scores[:, 0], batch.reference, batch.experts, alone=scores[:, 1:])
     return Scored(scores, batch.reference, batch.experts)
 
 

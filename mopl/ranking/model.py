@@ -6,6 +6,7 @@ Shapes: `B` lists of `K` items with `F` features, `m` objectives.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from mopl._counted import counted
 from mopl._records import settings_from
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl.conditioning import ConcatCondition, check_weights
+from mopl.ranking.mixture import mix_objectives
 from mopl.ranking.transformer import ListTransformer, NetworkRecord, load_model_folder, save_model_folder
 
 Parametrisation = Literal["scratch", "augment"]
 PARAMETRISATIONS = ("scratch", "augment")
-Conditioning = Literal["concat", "heads"]
-CONDITIONINGS = ("concat", "heads")
+Conditioning = Literal["concat", "heads", "mixture"]
+CONDITIONINGS = ("concat", "heads", "mixture")
 
 
 @renamed_in_methods("__init__", temperature="takes_beta")
@@ -50,7 +52,11 @@ class RankingModelConfig:
         takes_beta: Whether β / ‖β‖₁ is appended to the features too.
         conditioning: `"concat"`: weights are appended to the features (COS-DPO, section 4.1); `"heads"`: the network
             also has an output for each objective, and an item's score is their sum with the weights. Then weights have
-            their influence from the first step on, which saves steps.
+            their influence from the first step on, which saves steps; `"mixture"`: the network does not see the
+            weights. It has an output for each objective, and the scores are the mixture of what these want that is
+            best for weighted losses, see `mopl.ranking.mixture`.
+        mixture_beta: β of the training, one for each objective, by which `"mixture"` mixes; 1 each by default. A model
+            that takes β mixes by the β / ‖β‖₁ that it is given.
     """
 
     features: int
@@ -64,6 +70,7 @@ class RankingModelConfig:
     conditioned: bool = True
     takes_beta: bool = False
     conditioning: Conditioning = "concat"
+    mixture_beta: tuple[float, ...] = ()
 
     temperature = renamed_attribute("RankingModelConfig.temperature", "takes_beta")
 
@@ -73,6 +80,13 @@ class RankingModelConfig:
         check_choice(self.conditioning, CONDITIONINGS, "conditioning")
         if self.takes_beta and not self.conditioned:
             raise ValueError("takes_beta=True needs conditioned=True: β is appended beside the weights")
+        if self.mixture_beta and (
+            len(self.mixture_beta) != len(self.objectives) or not all(0 < b < math.inf for b in self.mixture_beta)
+        ):
+            raise ValueError(
+                f"mixture_beta is {' '.join(f'{b:g}' for b in self.mixture_beta)} but must be β of the training, a "
+                f"positive number for each of {', '.join(self.objectives)}; leave it out for 1 each"
+            )
 
 
 @renamed_in_methods("forward", "score", temperature="beta")
@@ -81,7 +95,8 @@ class RankingModel(nn.Module):
 
     The weights (and β / ‖β‖₁) are appended to the features of every item, so the network has exactly
     m × hidden (2 m × hidden) parameters more than one without them (COS-DPO, section 4.1); with
-    `conditioning="heads"` another (m - 1) × hidden.
+    `conditioning="heads"` another (m - 1) × hidden. With `"mixture"` it has (m - 1) × hidden more, and m × hidden for
+    β.
 
     Args:
         config: Settings.
@@ -96,11 +111,14 @@ class RankingModel(nn.Module):
                 f"{config.features}; train a base model on this data"
             )
         self.config = config
-        self.condition = (
-            ConcatCondition(len(config.objectives), takes_beta=config.takes_beta) if config.conditioned else None
-        )
+        m = len(config.objectives)
+        self.mixes = config.conditioned and config.conditioning == "mixture" and m > 1
+        self.condition = None
+        if config.conditioned:
+            appended = config.conditioning != "mixture"
+            self.condition = ConcatCondition(m, takes_beta=config.takes_beta, takes_weights=appended)
         extra = 0 if self.condition is None else self.condition.extra_features
-        self.outputs = len(config.objectives) if config.conditioned and config.conditioning == "heads" else 1
+        self.outputs = m if config.conditioned and config.conditioning != "concat" else 1
         self.network = ListTransformer(
             config.features + extra, config.hidden, config.layers, config.heads, config.feedforward, config.dropout,
             outputs=self.outputs,
@@ -141,7 +159,8 @@ class RankingModel(nn.Module):
         beta: Tensor | None = None,  # (m,) or (B, m)
         mask: Tensor | None = None,  # (B, K) bool
         reference: Tensor | None = None,  # (B, K)
-    ) -> Tensor:  # (B, K)
+        alone: bool = False,
+    ) -> Tensor:  # (B, K), or (B, 1 + m, K) with alone
         """Return the scores that the training loss sees.
 
         Args:
@@ -150,6 +169,8 @@ class RankingModel(nn.Module):
             beta: β; only β / ‖β‖₁ reaches the network. Required if and only if it is conditioned on it.
             mask: (B, K), true where an item exists.
             reference: s0, if it is known already; it is computed where it is needed otherwise.
+            alone: Also return the scores of each objective, those for its weight of 1, after the scores for the
+                weights: (B, 1 + m, K). Only a model that mixes its outputs has them without another pass.
 
         Returns:
             Scores (B, K), 0 in masked places. A model conditioned on β gives the raw output of equation (15), the
@@ -166,12 +187,29 @@ class RankingModel(nn.Module):
             raise ValueError("beta was passed to a model that is not conditioned on it")
         else:
             inputs = features
-        scores = self.network(inputs, mask)
-        if self.outputs > 1 and weights is not None:
-            scores = (scores * weights.to(scores)[..., None, :]).sum(-1)
-        if self.config.parametrisation == "scratch":
-            return scores
-        return scores + (self.reference(features, mask) if reference is None else reference)
+        if alone and not self.mixes:
+            raise ValueError("alone=True was passed to a model that does not mix; it needs conditioning='mixture'")
+        found = self.network(inputs, mask)
+        augment = self.config.parametrisation == "augment"
+        base = reference
+        if base is None and (augment or self.mixes):
+            base = self.reference(features, mask)
+        if not self.mixes:
+            if self.outputs > 1 and weights is not None:
+                found = (found * weights.to(found)[..., None, :]).sum(-1)
+            return found + base if augment else found
+        assert base is not None and weights is not None
+        moved = found if augment else found - base[..., None]  # h_j - s0
+        mixed = mix_objectives(moved, weights, self._mixing(beta).to(found.device), mask)
+        if alone:
+            mixed, base = torch.cat([mixed[:, None], moved.movedim(-1, 1)], 1), base[:, None]
+        return mixed + base
+
+    def _mixing(self, beta: Tensor | None) -> Tensor:
+        """Return the β that outputs are mixed by, (m,) or (B, m)."""
+        if beta is not None:
+            return beta / beta.sum(-1, keepdim=True)
+        return torch.tensor(self.config.mixture_beta or [1.0] * len(self.config.objectives))
 
     @torch.no_grad()
     def score(

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mopl import steering
 from mopl._counted import counted
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors, write_tensors
@@ -28,7 +29,7 @@ from mopl.experiments.driver import Recipe
 from mopl.experiments.methods import TABLE, Method
 from mopl.experiments.run import FinishedRun, method_folder
 from mopl.experiments.run_directory import DONE
-from mopl.experiments.stages import Trained, Training
+from mopl.experiments.stages import AVERAGED, Trained, Training
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import reference_scores, score_items
@@ -98,17 +99,31 @@ class Stages(CosDpoStages):
         return read_references(file, splits)
 
     def train_part(self, part: Part) -> Trained:
-        """Train one model of a method unless it is there."""
+        """Train one model of a method unless it is there; where `average` is above 1, train its parts and average."""
+        config, parts = self.config, self.config.average
+        if parts == 1:
+            done = self._train_share(part, part.name, part.folder, config.steps or 0, config.seed)
+        elif exists_on_main(self.accelerator, part.folder / DONE):
+            done = Trained.read(part.folder)
+        else:
+            done = self._train_average(part)
+        if not done.parameters:  # records of earlier versions do not say
+            model = untrained(config, self.objectives, self.base, part.method)
+            done = dataclasses.replace(done, parameters=model.num_parameters)
+        return done
+
+    def _train_share(self, part: Part, name: str, folder: Path, steps: int, order: int) -> Trained:
+        """Train a model of a part for `steps`, on lists in the order of a seed."""
         config, conditioned = self.config, part.method.conditioned
 
         @contextmanager
         def begin() -> Iterator[Training]:
             source = ListSource(
-                self.data, config.batch_size, seed=config.seed, reference=self.reference, weights=part.sample_weights,
+                self.data, config.batch_size, seed=order, reference=self.reference, weights=part.sample_weights,
                 beta=part.sample_beta, experts=part.experts, order=config.list_loss.needs_order,
             )  # fmt: skip
-            settings = config.training(config.steps)
-            selection = self.validation.of_tuned(part.weights, self.beta, settings.steps)
+            settings = dataclasses.replace(config.training(config.steps), steps=steps)
+            selection = self.validation.of_tuned(part.weights, self.beta, steps)
             with seeded(config.seed):  # every model of a method starts from the same parameters
                 model = untrained(config, self.objectives, self.base, part.method)
             yield Training(
@@ -116,11 +131,29 @@ class Stages(CosDpoStages):
                 selection=selection, figure="auxiliary NDCG on validation",
             )  # fmt: skip
 
-        done = self.train_once(part.name, part.folder, begin)
-        if not done.parameters:  # records of earlier versions do not say
-            model = untrained(config, self.objectives, self.base, part.method)
-            done = dataclasses.replace(done, parameters=model.num_parameters)
-        return done
+        return self.train_once(name, folder, begin)
+
+    def _train_average(self, part: Part) -> Trained:
+        """Train the models that are averaged into one, and record that."""
+        config = self.config
+        shares = shared_out(config.steps or 0, config.average)
+        folders = [part.folder / AVERAGED / str(place + 1) for place in range(config.average)]
+        done = [
+            self._train_share(part, f"{part.name}, {place + 1} of {len(shares)}", folder, steps,
+                              order_of(config.seed, place))
+            for place, (folder, steps) in enumerate(zip(folders, shares, strict=True))
+        ]  # fmt: skip
+        model = untrained(config, self.objectives, self.base, part.method)
+        kind, target = (RankingModel, model) if part.method.conditioned else (ListTransformer, model.network)
+        states = [kind.from_pretrained(folder).state_dict() for folder in folders]
+        target.load_state_dict(steering.soup(states, [1 / len(states)] * len(states)))
+        whole = Trained(
+            *(sum(getattr(each, name) for each in done) for name in ("steps", "seconds", "kept", "limit")),
+            parameters=model.num_parameters,
+        )
+        self.record(part.folder, target.save_pretrained, whole)
+        self.say(f"{part.name}: the average of {counted(len(done), 'training')}, {counted(whole.steps, 'step')} in all")
+        return whole
 
     def expert_scores(self) -> Tensor:
         """Return the experts' scores (N, m) of the training split."""
@@ -128,6 +161,22 @@ class Stages(CosDpoStages):
         policy = load_policy(self, "dpo-soup", device)
         scorers = [policy.at(w) for w in vertices(len(self.objectives))]
         return torch.stack([score_items(each, self.data, self.reference, device=device) for each in scorers], 1)
+
+
+def shared_out(steps: int, models: int) -> list[int]:
+    """Return the steps of each of some models: as even as can be, `steps` in all, each at least one.
+
+    Raises:
+        ValueError: If there are fewer steps than models.
+    """
+    if steps < models:
+        raise ValueError(f"a budget of {steps} steps does not reach for {models} models; take a larger one")
+    return [steps // models + (place < steps % models) for place in range(models)]
+
+
+def order_of(seed: int, place: int) -> int:
+    """Return the seed of the order of the lists of a training, by its place among those that are averaged."""
+    return seed + 100_003 * place
 
 
 def read_references(file: Path, splits: dict[str, RankingData]) -> dict[str, Tensor]:
@@ -138,10 +187,12 @@ def read_references(file: Path, splits: dict[str, RankingData]) -> dict[str, Ten
 
 def untrained(config: RankConfig, objectives: tuple[str, ...], base: ListTransformer, method: Method) -> RankingModel:
     """Return a model that a method of a run trains, as it is before."""
+    mixes = method.conditioned and config.conditioning == "mixture"
     settings = RankingModelConfig(
         base.settings["features"], objectives, config.hidden, config.layers, config.heads, dropout=config.dropout,
         parametrisation=config.parametrisation, conditioned=method.conditioned, takes_beta=method.takes_beta,
         conditioning=config.conditioning,
+        mixture_beta=config.betas(len(objectives)) if mixes and not method.takes_beta else (),
     )  # fmt: skip
     return RankingModel(settings, base)
 

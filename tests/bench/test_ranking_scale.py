@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.ranking_scale import COLUMNS, LIST, READERS, STAGES, generate, stage, table
+from bench.ranking_scale import COLUMNS, LIST, READERS, STAGES, generate, main, stage, table
 
 
 def test_what_is_generated_is_in_the_shape_of_mslr(tmp_path):
@@ -36,3 +36,14 @@ def test_every_stage_is_measured_and_stands_in_the_table(tmp_path, monkeypatch):
     head, _, line = table([{"rows": 2400, "MB": 3.0, "speed": 0.9, **found}]).splitlines()
     assert head.count("|") == line.count("|") == 4 + 2 * len(STAGES)
     assert READERS == STAGES[: len(READERS)]
+
+
+@pytest.mark.parametrize("arguments", [["--folder", "gone"], ["--json", "gone/figures.json"]])
+def test_a_folder_that_is_not_there_is_named_before_anything_is_measured(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--rows", "1200"])
+    assert stopped.value.code == 2
+    assert (
+        f"{arguments[0]} needs the folder gone, which is not there; make it, or name another" in capsys.readouterr().err
+    )

@@ -177,7 +177,8 @@ def test_only_lists_that_want_an_objective_train_its_head():
     "changes",
     [
         {}, {"parametrisation": "augment"}, {"takes_beta": True}, {"conditioned": False}, {"conditioning": "heads"},
-        {"conditioning": "heads", "takes_beta": True},
+        {"conditioning": "heads", "takes_beta": True}, {"conditioning": "mixture", "mixture_beta": (0.5, 1.0, 2.0)},
+        {"conditioning": "mixture", "takes_beta": True},
     ],
 )  # fmt: skip
 def test_a_saved_model_comes_back_with_the_same_scores(tmp_path, changes):

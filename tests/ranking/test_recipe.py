@@ -14,6 +14,7 @@ import torch
 from launching import python
 
 pytest.importorskip("moocore")  # every run measures its front
+from safetensors.torch import load_file
 
 from mopl import steering
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
@@ -35,6 +36,7 @@ from mopl.ranking.methods import (
 )
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import load_normalizer, open_run
+from mopl.ranking.stages import Stages
 from mopl.ranking.steer import steer
 from mopl.ranking.synthetic import true_scores
 from mopl.training import read_log
@@ -387,17 +389,24 @@ def interrupt_at(monkeypatch, stage_steps, action):
     monkeypatch.setattr(ListSource, "__call__", call)
 
 
-@pytest.mark.parametrize("method", ["weight-cos-dpo", "mo-dpo"])
-def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, method):
-    straight = rank(config(method=method), tmp_path / "straight", say=quiet)
+@pytest.mark.parametrize(
+    ("changes", "at"),
+    [
+        ({}, 3),
+        ({"method": "mo-dpo"}, 27),  # in the second of the MO-DPO models
+        ({"conditioning": "mixture", "average": 2}, 4),  # in the second of the trainings that are averaged
+    ],
+)
+def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, changes, at):
+    straight = rank(config(**changes), tmp_path / "straight", say=quiet)
     with monkeypatch.context() as patch:
-        at = 3 if method == "weight-cos-dpo" else 27  # in the second of the MO-DPO models
         interrupt_at(patch, at, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(RunInterrupted, match=r"continue with: mopl rank --run .*stopped --resume"):
-            rank(config(method=method), tmp_path / "stopped", say=quiet)
-    resumed = rank(config(method=method), tmp_path / "stopped", resume=True, say=quiet)
+            rank(config(**changes), tmp_path / "stopped", say=quiet)
+    resumed = rank(config(**changes), tmp_path / "stopped", resume=True, say=quiet)
     models = sorted(str(p.relative_to(straight)) for p in straight.rglob("*.safetensors"))
-    assert len(models) >= 4 and bytes_of(resumed, *models) == bytes_of(straight, *models)
+    assert len(models) >= (3 if "average" in changes else 4)
+    assert bytes_of(resumed, *models) == bytes_of(straight, *models)
 
     def log(run):
         return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(run / "log.jsonl")]
@@ -439,6 +448,26 @@ def test_resuming_a_finished_run_changes_no_model_and_no_front(tmp_path):
     assert bytes_of(run, "model.safetensors", "front.json", "log.jsonl", "table.txt") == before
 
 
+def test_an_average_is_of_trainings_that_share_the_steps_and_see_the_lists_in_other_orders(tmp_path, monkeypatch):
+    states, real = [], Stages.train_once
+
+    def train_once(self, name, folder, begin):
+        done = real(self, name, folder, begin)
+        if folder.parent.name == "averaged":
+            states.append((name, done.limit, load_file(folder / "model.safetensors")))
+        return done
+
+    monkeypatch.setattr(Stages, "train_once", train_once)
+    run = rank(config(average=2, steps=7, conditioning="mixture"), tmp_path / "run", say=quiet)
+    (one, first, a), (two, second, b) = states
+    assert (one, two) == ("weight-cos-dpo, 1 of 2", "weight-cos-dpo, 2 of 2") and (first, second) == (4, 3)
+    for name, value in load_file(run / "model.safetensors").items():
+        torch.testing.assert_close(value, (a[name] + b[name]) / 2)
+    assert not torch.equal(a["network.output.weight"], b["network.output.weight"])
+    done = json.loads((run / "training.json").read_text())
+    assert done["steps"] == done["limit"] == 7 and not (run / "averaged").exists()
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     whole, split = (rank(config(accumulation=n), tmp_path / str(n), say=quiet) for n in (1, 3))
     for ours, theirs in zip(run_fronts(whole), run_fronts(split), strict=True):
@@ -467,6 +496,9 @@ def test_a_given_base_model_is_used_and_not_trained(tmp_path, finished):
         {"penalty": 0.05, "penalty_sign": "cosmos"},
         {"parametrisation": "scratch", "method": "temperature-cos-dpo"},
         {"beta": (0.5, 1.0, 2.0)},
+        {"conditioning": "mixture", "beta": (0.5, 1.0, 2.0), "loss": "plackett-luce"},
+        {"conditioning": "mixture", "method": "temperature-cos-dpo", "parametrisation": "scratch"},
+        {"method": "dpo-soup", "average": 3},
         {"weights_per": "step", "empty": 0},
         {"normalize_features": "query", "dropout": 0.1, "schedule": "linear"},
     ],
@@ -618,6 +650,7 @@ def test_files_of_ones_own_run_and_are_found_from_another_directory(tmp_path, mo
         ({"penalty": float("nan")}, "penalty is nan"), ({"heads": 3}, "hidden is 8 but heads = 3 must divide it"),
         ({"steps": -1}, "steps is -1"), ({"base_steps": -2}, "steps is -2"), ({"k": 0}, "k is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"), ({"beta_range": (2.0, 1.0)}, "beta_range"),
+        ({"average": 0}, "average is 0"), ({"average": 9, "steps": 8}, "average is 9 but steps is 8, which the trai"),
         ({"conditioning": "heads", "method": "dpo-ls"}, "method 'dpo-ls' trains no conditioned model"),
         ({"loss": "hinge"}, "loss is 'hinge'"), ({"learning_rate": 0.0}, "learning_rate"),
     ],
