@@ -1,0 +1,3 @@
+"""."""
+def report(out, rows):
+    return 0
