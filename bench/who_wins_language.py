@@ -11,8 +11,8 @@ what the data are and what each method trains. Each method has the learning rate
 of `RATES`, on data of a seed that is not in the map.
 
 Rows (by default DIR/rows.jsonl) has a line for each cell, seed and method, written when it is done: a run that was
-stopped goes on where it was. Seeds are the outermost loop. After the map comes a variant of the hyper prompt in
-`VARIANT_CELLS`. DIR/map.md and DIR/map.png are written at the end.
+stopped goes on where it was. Seeds are the outermost loop. `VARIANT_CELLS` also have a variant of the hyper prompt.
+DIR/map.md and DIR/map.png are written at the end.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ def _run(given: argparse.Namespace) -> int:
     if given.report:
         return who_wins_language_map.report(given.out, rows)
     todo = jobs(cells, given.seeds)
+    least = round(min(cell[0] for cell in cells) * sizes.steps)
+    if least < max(sizes.points, 2):
+        raise ValueError(
+            f"--sizes has steps={sizes.steps}, which is {least} at budget {min(cell[0] for cell in cells):g}, but "
+            f"dpo-ls trains {sizes.points} models; raise steps"
+        )
     done = {key_of(row) for row in rows}
     missing = [job for job in todo if key(*job) not in done]
     print(
@@ -91,7 +97,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def jobs(cells: list[tuple[float, float, float]], seeds: int) -> list[Job]:
-    """Return everything to train: rates first, then the map by seeds, then the variant with rates of its own."""
+    """Return everything to train: rates first, then the map by seeds, in some cells with the variant."""
     budgets = sorted({cell[0] for cell in cells})
     variant = [cell for cell in VARIANT_CELLS if cell in cells]
 
@@ -100,9 +106,13 @@ def jobs(cells: list[tuple[float, float, float]], seeds: int) -> list[Job]:
 
     return [
         *rates(budgets, METHODS),
-        *((Cell(*cell, seed), method, None) for seed in range(seeds) for cell in cells for method in METHODS),
         *rates(sorted({cell[0] for cell in variant}), (INFLUENCE,)),
-        *((Cell(*cell, seed), INFLUENCE, None) for seed in range(seeds) for cell in variant),
+        *(
+            (Cell(*cell, seed), method, None)
+            for seed in range(seeds)
+            for cell in cells
+            for method in (*METHODS, INFLUENCE)[: None if cell in variant else -1]
+        ),
     ]
 
 

@@ -1,0 +1,102 @@
+"""The map of who wins among language models: its truth, a run at minuscule size, and a page that says what rows say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+from bench import who_wins_language, who_wins_language_map
+from bench.pictures import fingerprint
+from bench.who_wins_language_cells import CONDITIONED, INFLUENCE, METHODS, NAMES, RIVALS, Problem, Sizes
+from bench.who_wins_language_map import by_cell, difference, leads_of, mean_of, summary, table
+from mopl.alignment import tuned
+from mopl.experiments.methods import Method
+from mopl.language_models import models
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "bench/results/cpu/who-wins-language.jsonl"
+PAGE = ROOT / "docs/explanation/who_wins_language.md"
+SMALL = "steps=16,train_lists=24,test_lists=12,base_steps=4,batch=4,points=3,hidden=8,prompts=2"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_optimum_is_reached_by_what_is_said_to_be_it():
+    problem = Problem(2.0, 0.6, 0, Sizes(points=3, train_lists=8, test_lists=16, base_steps=2, hidden=8))
+    best = [problem._best_policy(w) for w in problem.grid]
+    found = problem.measure(best)
+    assert found["hypervolume"] == pytest.approx(1) and found["rewards"] == pytest.approx(1)
+    assert found["value_regret"] == pytest.approx(0, abs=1e-6)
+    # at the ends of the simplex it has the least expected loss, too; no other policy has less at any weights
+    losses = torch.stack([problem._losses(policy) for policy in best])
+    torch.testing.assert_close(losses[0, 1], problem.best_losses[0, 1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses[2, 0], problem.best_losses[2, 0], atol=1e-5, rtol=1e-5)
+    assert found["regret"] > 0 and problem.measure([problem.reference] * 3)["regret"] > found["regret"]
+    assert float((problem.rewards**2).mean()) == pytest.approx(4.0, rel=0.5)
+
+
+def test_virtual_tokens_begin_near_the_reference():
+    problem = Problem(1.7, 0.6, 1000, Sizes(train_lists=8, test_lists=8))
+    model = tuned.new_model(problem.base, problem.config(1e-3, "hyper-prompt"), NAMES, Method(conditioned=True))
+    policy = problem.policy_of(model, problem.grid[1])
+    models.release(model)
+    assert float((policy.exp() * (policy - problem.reference)).sum(1).mean()) < 0.05
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(who_wins_language, "RATES", (0.01,))
+    command = ["--out", str(tmp_path), "--seeds", "1", "--sizes", SMALL, "--cells", "budget=1,spread=3,conflict=1"]
+    assert who_wins_language.main([*command, "--plan"]) == 0
+    assert "12 trainings of a method, of which 0 are there; 12 to do" in capsys.readouterr().out
+    assert who_wins_language.main(command) == 0
+    file = tmp_path / "rows.jsonl"
+    whole = file.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [r["method"] for r in rows] == [*METHODS, INFLUENCE] * 2 and {r["steps"] for r in rows} == {16}
+    assert {r["method"]: r["models"] for r in rows} == dict(zip((*METHODS, INFLUENCE), (1, 1, 3, 2, 3, 1), strict=True))
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| 1 | 3 | 1 |" in (tmp_path / "map.md").read_text()
+    file.write_text(whole[: whole.rindex("\n", 0, -1) + 20])  # killed while it wrote the last line
+    capsys.readouterr()
+    assert who_wins_language.main(command) == 0
+    assert "of which 11 are there; 1 to do" in capsys.readouterr().out
+    timeless = [{k: v for k, v in json.loads(line).items() if k != "cpu_seconds"} for line in file.open()]
+    assert timeless == [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cells", "budget=3"], "--cells has budget=3 but the map has 0.25, 1, 4"),
+        (["--sizes", "steps=many"], "--sizes has 'steps=many'; write NAME=NUMBER"),
+        (["--sizes", "width=3"], "--sizes has 'width' but it must be one of points, prompts"),
+        (["--sizes", "steps=8"], "--sizes has steps=8, which is 2 at budget 0.25, but dpo-ls trains 5 models"),
+        (["--seeds", "0"], "--seeds is 0 but must be at least 1"),
+        (["--report"], "no cell has all methods yet"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(tmp_path, capsys, arguments, said):
+    assert who_wins_language.main(["--out", str(tmp_path / "new"), *arguments]) == 2
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_the_page_has_the_table_and_the_counts_of_the_rows(rows):
+    page = PAGE.read_text(encoding="utf-8")
+    anew = f"python -m bench.who_wins_language --rows {ROWS.relative_to(ROOT)} --out DIR --report"
+    assert table(rows) in page, anew
+    for line in summary(rows).splitlines():
+        assert line in page, f"{anew}; {line}"
+
+
+def test_the_picture_shows_what_the_rows_say(rows):
+    image = pytest.importorskip("PIL.Image")
+    shown = image.open(ROOT / "docs/pictures/who-wins-language.png").info["Description"]
+    assert shown == fingerprint(leads_of(rows))
