@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from bench import who_wins, who_wins_language_map
-from bench.who_wins import best_rate, key, key_of
+from bench.who_wins import best_rate
 from bench.who_wins_cells import Cell
 from bench.who_wins_language_cells import INFLUENCE, METHODS, Problem, Sizes, run
 from mopl import _terminal
@@ -40,7 +40,7 @@ RATE_SEED, RATE_CELL = 1000, (1.7, 0.6)  # where learning rates are chosen: spre
 VARIANT_CELLS = ((0.25, 3.0, 1.0), (1.0, 3.0, 1.0))
 SECONDS_A_STEP = 0.02  # until there are rows that say
 
-Job = tuple[Cell, str, "float | None"]  # the rate where rates are chosen, None in the map
+Job = tuple[Cell, str, "float | None"]  # the rate where it is given, None in the map
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     parser.add_argument("--cells", default="", metavar="AXIS=VALUE,...", help="only these, such as budget=1,spread=3")
     parser.add_argument("--sizes", default="", metavar="NAME=NUMBER,...", help="sizes of all cells, for a quick look")
+    parser.add_argument(
+        "--check", nargs=2, metavar=("METHOD", "RATE"), help="train a method in these cells at another learning rate"
+    )
     parser.add_argument("--plan", action="store_true", help="say what would be done")
     parser.add_argument("--report", action="store_true", help="only write the map of what is there")
     given = parser.parse_args(arguments)
@@ -75,15 +78,15 @@ def _run(given: argparse.Namespace) -> int:
     rows = who_wins.read_rows(file, sizes)  # type: ignore[arg-type]  # any dataclass of sizes does
     if given.report:
         return who_wins_language_map.report(given.out, rows)
-    todo = jobs(cells, given.seeds)
+    todo = jobs(cells, given.seeds) if given.check is None else checks(cells, given.seeds, *given.check)
     least = round(min(cell[0] for cell in cells) * sizes.steps)
     if least < max(sizes.points, 2):
         raise ValueError(
             f"--sizes has steps={sizes.steps}, which is {least} at budget {min(cell[0] for cell in cells):g}, but "
             f"dpo-ls trains {sizes.points} models; raise steps"
         )
-    done = {key_of(row) for row in rows}
-    missing = [job for job in todo if key(*job) not in done]
+    done = {_key_of(row) for row in rows}
+    missing = [job for job in todo if _key(*job) not in done]
     print(
         f"{len(todo)} trainings of a method, of which {len(todo) - len(missing)} are there; {len(missing)} to do, "
         f"about {remaining(missing, rows, sizes) / 60:.0f} minutes of one core"
@@ -116,6 +119,28 @@ def jobs(cells: list[tuple[float, float, float]], seeds: int) -> list[Job]:
     ]
 
 
+def checks(cells: list[tuple[float, float, float]], seeds: int, method: str, rate: str) -> list[Job]:
+    """Return a method in the cells of the map at a learning rate that was not the best one where rates are chosen."""
+    if method not in METHODS:
+        raise ValueError(f"--check has {method!r} but it must be one of {', '.join(METHODS)}")
+    try:
+        value = float(rate)
+    except ValueError:
+        raise ValueError(f"--check has {rate!r} but a learning rate is a number") from None
+    return [(Cell(*cell, seed), method, value) for seed in range(seeds) for cell in cells]
+
+
+def _key(cell: Cell, method: str, rate: float | None) -> tuple[Any, ...]:
+    """Return what identifies a row; a rate that is given at a seed of the map is a check."""
+    role = "map" if rate is None else "rate" if cell.seed == RATE_SEED else "check"
+    return (role, *dataclasses.astuple(cell), method, rate)
+
+
+def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    rate = None if row["role"] == "map" else row["rate"]
+    return (row["role"], *(row[axis] for axis in who_wins.AXES), row["seed"], row["method"], rate)
+
+
 def work(missing: list[Job], rows: list[dict[str, Any]], file: Path, sizes: Sizes) -> None:
     """Do what is missing, a line of the file for each; `rows` grow with it."""
     problem, of = None, None
@@ -126,7 +151,7 @@ def work(missing: list[Job], rows: list[dict[str, Any]], file: Path, sizes: Size
         began = time.perf_counter()
         with _terminal.quietly():
             row = run(problem, cell, method, best_rate(rows, cell.budget, method) if rate is None else rate)
-        row = {"role": "map" if rate is None else "rate", **row, "sizes": dataclasses.asdict(sizes)}
+        row = {"role": _key(cell, method, rate)[0], **row, "sizes": dataclasses.asdict(sizes)}
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         rows.append(row)

@@ -43,12 +43,13 @@ def test_the_optimum_is_reached_by_what_is_said_to_be_it():
     assert float((problem.rewards**2).mean()) == pytest.approx(4.0, rel=0.5)
 
 
-def test_virtual_tokens_begin_near_the_reference():
-    problem = Problem(1.7, 0.6, 1000, Sizes(train_lists=8, test_lists=8))
+@pytest.mark.parametrize(("base_steps", "least", "most"), [(0, 1.0, 3.0), (300, 0.0, 0.05)])
+def test_virtual_tokens_begin_near_the_reference_of_a_model_that_overlooks_them(base_steps, least, most):
+    problem = Problem(1.7, 0.6, 1000, Sizes(train_lists=8, test_lists=8, base_steps=base_steps))
     model = tuned.new_model(problem.base, problem.config(1e-3, "hyper-prompt"), NAMES, Method(conditioned=True))
     policy = problem.policy_of(model, problem.grid[1])
     models.release(model)
-    assert float((policy.exp() * (policy - problem.reference)).sum(1).mean()) < 0.05
+    assert least <= float((policy.exp() * (policy - problem.reference)).sum(1).mean()) < most
 
 
 def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(tmp_path, monkeypatch, capsys):
