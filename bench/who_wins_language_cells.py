@@ -10,8 +10,8 @@ its own in the variance of r_j; the rest both objectives share. So two rewards h
 A list's expected loss under w is least where softmax(β (s - s0)) = sum_j w_j p_j. The KL-regularised reward
 E[w·r] - β KL is greatest at π* ∝ π0 exp(w·r / β). At the ends of the simplex these are the same policy.
 
-Every method of a cell has the same data, batches and **total** number of optimizer steps, cut evenly between its models,
-as in `bench.who_wins_cells`. Models, losses, sampling and optimizer are those of `mopl align`.
+Every method of a cell has the same data, batches and **total** number of optimizer steps, cut evenly between its
+models, as in `bench.who_wins_cells`. Models, losses, sampling and optimizer are those of `mopl align`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def by_cell(rows: list[dict[str, Any]]) -> Cells:
     return whole
 
 
-def difference(methods: Methods, method: str, rivals: Sequence[str] = RIVALS, figure: str = "hypervolume") -> Difference:
+def difference(
+    methods: Methods, method: str, rivals: Sequence[str] = RIVALS, figure: str = "hypervolume"
+) -> Difference:
     """Return by how many percent a method is ahead of the best of some others."""
     rival = max(rivals, key=lambda name: mean_of(methods[name], figure))
     ours, theirs = methods[method], methods[rival]
@@ -53,7 +55,8 @@ def difference(methods: Methods, method: str, rivals: Sequence[str] = RIVALS, fi
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the map as a Markdown table."""
     lines = [
-        f"| {' | '.join((*AXES, *METHODS))} | {OURS} ahead of the best rival, % | seeds | ahead of {PRESENT}, % | seeds |",
+        f"| {' | '.join((*AXES, *METHODS))} | {OURS} ahead of the best rival, % | seeds | "
+        f"ahead of {PRESENT}, % | seeds |",
         "|---" * (len(AXES) + len(METHODS) + 4) + "|",
     ]
     for cell, methods in by_cell(rows).items():
@@ -66,7 +69,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _interval(lead: Difference) -> str:
-    return f"{lead.mean:+.1f} [{lead.low:+.1f}, {lead.high:+.1f}]"
+    return f"{lead.mean:+.1f}" + (f" [{lead.low:+.1f}, {lead.high:+.1f}]" if math.isfinite(lead.low) else "")
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -105,9 +108,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
             lead = difference({**methods}, INFLUENCE, (PRESENT,))
             figure = mean_of(methods[INFLUENCE], "of_the_optimum")
             parts.append(
-                f"a hyper prompt that starts with an influence of w, at budget {cell[0]:g}, spread {cell[1]:g}, conflict "
-                f"{cell[2]:g}: {figure:.3f}, ahead of `{PRESENT}` by {_interval(lead)} %, in {lead.seeds_ahead} seeds"
+                f"a hyper prompt that starts with an influence of w, at budget {cell[0]:g}, spread {cell[1]:g}, "
+                f"conflict {cell[2]:g}: {figure:.3f}, ahead of `{PRESENT}` by {_interval(lead)} %, in {lead.seeds_ahead} seeds"
             )
+    parts += _checks(rows, cells)
     rates = {(row["method"], row["budget"]): row["rate"] for row in rows if row["role"] == "map"}
     for name in METHODS:
         each = ", ".join(f"{rate:g} at {budget:g}" for (of, budget), rate in sorted(rates.items()) if of == name)
@@ -117,12 +121,31 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"* {part}" for part in parts)
 
 
+def _checks(rows: list[dict[str, Any]], cells: Cells) -> list[str]:
+    """Return what another learning rate than the chosen one comes to, where `--check` has trained with one."""
+    found: dict[tuple[str, float, float], Cells] = {}
+    for row in rows:
+        cell = tuple(row[axis] for axis in AXES)
+        if row["role"] == "check" and row["seed"] in cells.get(cell, {}).get(row["method"], {}):
+            of = found.setdefault((row["method"], row["rate"], row["budget"]), {})
+            of.setdefault(cell, {name: each for name, each in cells[cell].items() if name != row["method"]})
+            of[cell].setdefault(row["method"], {})[row["seed"]] = row
+    return [
+        f"with a learning rate of {rate:g} `{method}` is ahead of the best rival in "
+        f"{sum(difference(each, method).mean > 0 for each in of.values())} of {len(of)} cells of budget {budget:g}, by "
+        f"{over(list(of.values()), method, RIVALS)}, and of `{PRESENT}` in "
+        f"{sum(difference(each, method, (PRESENT,)).mean > 0 for each in of.values())}, by "
+        f"{over(list(of.values()), method, (PRESENT,))}"
+        for (method, rate, budget), of in sorted(found.items())
+    ]
+
+
 def over(cells: list[Methods], method: str, rivals: Sequence[str]) -> str:
     """Return the mean lead over cells, with its interval over the seeds that all of these have."""
     leads = [difference(methods, method, rivals) for methods in cells]
     count = min(len(lead.values) for lead in leads)
     mean, low, high = interval([sum(lead.values[s] for lead in leads) / len(leads) for s in range(count)])
-    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+    return f"{mean:+.1f} %" + (f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else "")
 
 
 def leads_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

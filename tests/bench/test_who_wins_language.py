@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from bench import who_wins_language, who_wins_language_map
+from bench import who_wins_language
 from bench.pictures import fingerprint
 from bench.who_wins_language_cells import CONDITIONED, INFLUENCE, METHODS, NAMES, RIVALS, Problem, Sizes
 from bench.who_wins_language_map import by_cell, difference, leads_of, mean_of, summary, table
@@ -101,3 +101,31 @@ def test_the_picture_shows_what_the_rows_say(rows):
     image = pytest.importorskip("PIL.Image")
     shown = image.open(ROOT / "docs/pictures/who-wins-language.png").info["Description"]
     assert shown == fingerprint(leads_of(rows))
+
+
+def test_what_the_page_says_in_words_is_what_the_rows_say(rows):
+    cells = by_cell(rows)
+    later = [methods for cell, methods in cells.items() if cell[0] >= 1]
+    assert all(difference(methods, "lora-mixture", ("hyper-prompt",)).mean > 0 for methods in later)
+    at_one = [difference(methods, "lora-mixture") for cell, methods in cells.items() if cell[0] == 1]
+    assert len(at_one) == 6 and all(lead.mean > 0 > lead.low and len(lead.values) == 3 for lead in at_one)
+    few = {cell: methods for cell, methods in cells.items() if cell[0] == 0.25}
+    at_few = [max(RIVALS, key=lambda name, m=methods: mean_of(m[name], "hypervolume")) for methods in few.values()]
+    assert at_few == ["dpo-soup"] * 6
+    assert all(difference(methods, "lora-mixture").mean < 0 for methods in few.values())
+    ahead = [cell[1:] for cell, m in few.items() if difference(m, "lora-mixture", ("hyper-prompt",)).mean < 0]
+    assert ahead == [(3.0, 0.2), (3.0, 0.6)]
+    tried = {
+        row["rate"]: round(row["hypervolume"], 3)
+        for row in rows
+        if (row["role"], row["method"], row["budget"]) == ("rate", CONDITIONED[0], 0.25)
+    }
+    assert (tried[0.008], tried[0.032]) == (0.594, 0.588)
+    better = [
+        row["hypervolume"] > few[0.25, row["spread"], row["conflict"]]["lora-mixture"][row["seed"]]["hypervolume"]
+        for row in rows
+        if row["role"] == "check"
+    ]
+    assert len(better) == 18 and sum(better) > 9
+    variants = [difference(m, INFLUENCE, ("hyper-prompt",)) for m in cells.values() if INFLUENCE in m]
+    assert len(variants) == 2 and all(lead.low < 0 < lead.high for lead in variants)
