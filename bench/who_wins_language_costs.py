@@ -102,12 +102,18 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = measure(given.model, given.lists, given.items, given.tokens, given.rounds)
-    print("| | seconds of a step | MiB beyond the model | trained parameters |\n|---|---|---|---|")
-    for kind, each in found.items():
-        print(f"| {kind} | {each['seconds']:.2f} | {each['mib']:.0f} | {each['trained']:,} |")
+    print(table(found))
     if given.json:
         problem = {name: getattr(given, name) for name in ("model", "lists", "items", "tokens", "rounds")}
         write_file(given.json, json.dumps({**about(), "problem": problem, "results": found}, indent=1) + "\n")
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = ["| | milliseconds of a step | MiB beyond the model | trained parameters |", "|---|---|---|---|"]
+    for kind, each in found.items():
+        lines.append(f"| {kind} | {1e3 * each['seconds']:.0f} | {each['mib']:.1f} | {each['trained']:,} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

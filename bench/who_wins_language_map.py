@@ -82,7 +82,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         against = "the best rival" if rivals == RIVALS else f"`{rivals[0]}`"
         parts.append(
             f"`{name}` is ahead of {against} in {sum(x.mean > 0 for x in leads)} of {len(leads)} cells, in "
-            f"{sum(x.mean > 0 and len(set(v > 0 for v in x.values)) == 1 for x in leads)} of them in all seeds, "
+            f"{sum(len(x.values) > 1 and all(v > 0 for v in x.values) for x in leads)} of them in all of several seeds, "
             f"in {sum(x.low > 0 for x in leads)} with an interval above 0; behind in "
             f"{sum(x.mean < 0 for x in leads)}, in {sum(x.high < 0 for x in leads)} with an interval below 0; "
             f"at worst {worst.mean:+.1f} %"
@@ -102,14 +102,15 @@ def summary(rows: list[dict[str, Any]]) -> str:
         choose = min if "regret" in figure else max
         best = [choose(METHODS, key=lambda n, m=methods: mean_of(m[n], figure)) for methods in cells.values()]
         counted = ", ".join(f"`{name}` {best.count(name)}" for name in METHODS if name in best)
-        parts.append(f"best {what}, in how many cells: {counted}")
+        parts.append(f"{'least' if 'regret' in figure else 'largest'} {what}, in how many cells: {counted}")
     for cell, methods in cells.items():
         if INFLUENCE in methods:
             lead = difference({**methods}, INFLUENCE, (PRESENT,))
             figure = mean_of(methods[INFLUENCE], "of_the_optimum")
             parts.append(
                 f"a hyper prompt that starts with an influence of w, at budget {cell[0]:g}, spread {cell[1]:g}, "
-                f"conflict {cell[2]:g}: {figure:.3f}, ahead of `{PRESENT}` by {_interval(lead)} %, in {lead.seeds_ahead} seeds"
+                f"conflict {cell[2]:g}: {figure:.3f}"
+                f", ahead of `{PRESENT}` by {_interval(lead)} %, in {lead.seeds_ahead} seeds"
             )
     parts += _checks(rows, cells)
     rates = {(row["method"], row["budget"]): row["rate"] for row in rows if row["role"] == "map"}
@@ -182,7 +183,7 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
                     some, whole = ahead.split("/")
                     axes.text(
                         x, y, f"{mean:+.1f} %\n{ahead} seeds\n{rival}", ha="center", va="center", fontsize=7.5,
-                        weight="bold" if some in ("0", whole) else "normal",
+                        weight="bold" if whole > "1" and some in ("0", whole) else "normal",
                         color="white" if abs(mean) > 0.7 * SPAN else "#222222",
                     )  # fmt: skip
                 image = axes.imshow(grid, cmap="RdBu", vmin=-SPAN, vmax=SPAN, origin="lower", aspect="auto")

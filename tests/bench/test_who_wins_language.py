@@ -103,18 +103,29 @@ def test_the_picture_shows_what_the_rows_say(rows):
     assert shown == fingerprint(leads_of(rows))
 
 
+def test_the_page_has_the_measured_costs():
+    results = json.loads(ROWS.with_name("who-wins-language-costs.json").read_text())["results"]
+    assert who_wins_language_costs.table(results) in PAGE.read_text(encoding="utf-8")
+
+
 def test_what_the_page_says_in_words_is_what_the_rows_say(rows):
     cells = by_cell(rows)
-    later = [methods for cell, methods in cells.items() if cell[0] >= 1]
-    assert all(difference(methods, "lora-mixture", ("hyper-prompt",)).mean > 0 for methods in later)
+    behind = {cell for cell, m in cells.items() if difference(m, "lora-mixture", ("hyper-prompt",)).mean < 0}
+    assert len(cells) == 18 and behind == {(b, 3.0, c) for b in (0.25, 4.0) for c in (0.2, 0.6)}
+    assert all(len(m["lora-mixture"]) == (1 if cell[0] == 4 else 3) for cell, m in cells.items())
     at_one = [difference(methods, "lora-mixture") for cell, methods in cells.items() if cell[0] == 1]
     assert len(at_one) == 6 and all(lead.mean > 0 > lead.low and len(lead.values) == 3 for lead in at_one)
     few = {cell: methods for cell, methods in cells.items() if cell[0] == 0.25}
+    assert all(
+        mean_of(m["lora-mixture"], "hypervolume") == max(mean_of(m[name], "hypervolume") for name in METHODS)
+        for cell, m in cells.items()
+        if cell[0] == 1
+    )
+    assert (round(min(x.mean for x in at_one)), round(max(x.mean for x in at_one))) == (2, 28)
+    assert {lead.rival for lead in at_one} == {"dpo-soup"}
     at_few = [max(RIVALS, key=lambda name, m=methods: mean_of(m[name], "hypervolume")) for methods in few.values()]
     assert at_few == ["dpo-soup"] * 6
     assert all(difference(methods, "lora-mixture").mean < 0 for methods in few.values())
-    ahead = [cell[1:] for cell, m in few.items() if difference(m, "lora-mixture", ("hyper-prompt",)).mean < 0]
-    assert ahead == [(3.0, 0.2), (3.0, 0.6)]
     tried = {
         row["rate"]: round(row["hypervolume"], 3)
         for row in rows
