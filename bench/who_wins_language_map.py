@@ -82,7 +82,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
         against = "the best rival" if rivals == RIVALS else f"`{rivals[0]}`"
         parts.append(
             f"`{name}` is ahead of {against} in {sum(x.mean > 0 for x in leads)} of {len(leads)} cells, in "
-            f"{sum(len(x.values) > 1 and all(v > 0 for v in x.values) for x in leads)} of them in all of several seeds, "
+            f"{sum(len(x.values) > 1 and all(v > 0 for v in x.values) for x in leads)} of them in all of "
+            "several seeds, "
             f"in {sum(x.low > 0 for x in leads)} with an interval above 0; behind in "
             f"{sum(x.mean < 0 for x in leads)}, in {sum(x.high < 0 for x in leads)} with an interval below 0; "
             f"at worst {worst.mean:+.1f} %"

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from bench import who_wins_language
+from bench import who_wins_language, who_wins_language_costs
 from bench.pictures import fingerprint
 from bench.who_wins_language_cells import CONDITIONED, INFLUENCE, METHODS, NAMES, RIVALS, Problem, Sizes
 from bench.who_wins_language_map import by_cell, difference, leads_of, mean_of, summary, table
