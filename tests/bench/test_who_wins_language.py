@@ -1,0 +1,142 @@
+"""The map of who wins among language models: its truth, a run at minuscule size, and a page that says what rows say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+from bench import who_wins_language, who_wins_language_costs
+from bench.pictures import fingerprint
+from bench.who_wins_language_cells import CONDITIONED, INFLUENCE, METHODS, NAMES, RIVALS, Problem, Sizes
+from bench.who_wins_language_map import by_cell, difference, leads_of, mean_of, summary, table
+from mopl.alignment import tuned
+from mopl.experiments.methods import Method
+from mopl.language_models import models
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "bench/results/cpu/who-wins-language.jsonl"
+PAGE = ROOT / "docs/explanation/who_wins_language.md"
+SMALL = "steps=16,train_lists=24,test_lists=12,base_steps=4,batch=4,points=3,hidden=8,prompts=2"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_optimum_is_reached_by_what_is_said_to_be_it():
+    problem = Problem(2.0, 0.6, 0, Sizes(points=3, train_lists=8, test_lists=16, base_steps=2, hidden=8))
+    best = [problem._best_policy(w) for w in problem.grid]
+    found = problem.measure(best)
+    assert found["hypervolume"] == pytest.approx(1) and found["rewards"] == pytest.approx(1)
+    assert found["value_regret"] == pytest.approx(0, abs=1e-6)
+    # at the ends of the simplex it has the least expected loss, too; no other policy has less at any weights
+    losses = torch.stack([problem._losses(policy) for policy in best])
+    torch.testing.assert_close(losses[0, 1], problem.best_losses[0, 1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses[2, 0], problem.best_losses[2, 0], atol=1e-5, rtol=1e-5)
+    assert found["regret"] > 0 and problem.measure([problem.reference] * 3)["regret"] > found["regret"]
+    assert float((problem.rewards**2).mean()) == pytest.approx(4.0, rel=0.5)
+
+
+@pytest.mark.parametrize(("base_steps", "least", "most"), [(0, 1.0, 3.0), (300, 0.0, 0.05)])
+def test_virtual_tokens_begin_near_the_reference_of_a_model_that_overlooks_them(base_steps, least, most):
+    problem = Problem(1.7, 0.6, 1000, Sizes(train_lists=8, test_lists=8, base_steps=base_steps))
+    model = tuned.new_model(problem.base, problem.config(1e-3, "hyper-prompt"), NAMES, Method(conditioned=True))
+    policy = problem.policy_of(model, problem.grid[1])
+    models.release(model)
+    assert least <= float((policy.exp() * (policy - problem.reference)).sum(1).mean()) < most
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(who_wins_language, "RATES", (0.01,))
+    command = ["--out", str(tmp_path), "--seeds", "1", "--sizes", SMALL, "--cells", "budget=1,spread=3,conflict=1"]
+    assert who_wins_language.main([*command, "--plan"]) == 0
+    assert "12 trainings of a method, of which 0 are there; 12 to do" in capsys.readouterr().out
+    assert who_wins_language.main(command) == 0
+    file = tmp_path / "rows.jsonl"
+    whole = file.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [r["method"] for r in rows] == [*METHODS, INFLUENCE] * 2 and {r["steps"] for r in rows} == {16}
+    assert {r["method"]: r["models"] for r in rows} == dict(zip((*METHODS, INFLUENCE), (1, 1, 3, 2, 3, 1), strict=True))
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| 1 | 3 | 1 |" in (tmp_path / "map.md").read_text()
+    file.write_text(whole[: whole.rindex("\n", 0, -1) + 20])  # killed while it wrote the last line
+    capsys.readouterr()
+    assert who_wins_language.main(command) == 0
+    assert "of which 11 are there; 1 to do" in capsys.readouterr().out
+    timeless = [{k: v for k, v in json.loads(line).items() if k != "cpu_seconds"} for line in file.open()]
+    assert timeless == [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cells", "budget=3"], "--cells has budget=3 but the map has 0.25, 1, 4"),
+        (["--sizes", "steps=many"], "--sizes has 'steps=many'; write NAME=NUMBER"),
+        (["--sizes", "width=3"], "--sizes has 'width' but it must be one of points, prompts"),
+        (["--sizes", "steps=8"], "--sizes has steps=8, which is 2 at budget 0.25, but dpo-ls trains 5 models"),
+        (["--seeds", "0"], "--seeds is 0 but must be at least 1"),
+        (["--report"], "no cell has all methods yet"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(tmp_path, capsys, arguments, said):
+    assert who_wins_language.main(["--out", str(tmp_path / "new"), *arguments]) == 2
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_the_page_has_the_table_and_the_counts_of_the_rows(rows):
+    page = PAGE.read_text(encoding="utf-8")
+    anew = f"python -m bench.who_wins_language --rows {ROWS.relative_to(ROOT)} --out DIR --report"
+    assert table(rows) in page, anew
+    for line in summary(rows).splitlines():
+        assert line in page, f"{anew}; {line}"
+
+
+def test_the_picture_shows_what_the_rows_say(rows):
+    image = pytest.importorskip("PIL.Image")
+    shown = image.open(ROOT / "docs/pictures/who-wins-language.png").info["Description"]
+    assert shown == fingerprint(leads_of(rows))
+
+
+def test_the_page_has_the_measured_costs():
+    results = json.loads(ROWS.with_name("who-wins-language-costs.json").read_text())["results"]
+    assert who_wins_language_costs.table(results) in PAGE.read_text(encoding="utf-8")
+
+
+def test_what_the_page_says_in_words_is_what_the_rows_say(rows):
+    cells = by_cell(rows)
+    behind = {cell for cell, m in cells.items() if difference(m, "lora-mixture", ("hyper-prompt",)).mean < 0}
+    assert len(cells) == 18 and behind == {(b, 3.0, c) for b in (0.25, 4.0) for c in (0.2, 0.6)}
+    assert all(len(m["lora-mixture"]) == (1 if cell[0] == 4 else 3) for cell, m in cells.items())
+    at_one = [difference(methods, "lora-mixture") for cell, methods in cells.items() if cell[0] == 1]
+    assert len(at_one) == 6 and all(lead.mean > 0 > lead.low and len(lead.values) == 3 for lead in at_one)
+    few = {cell: methods for cell, methods in cells.items() if cell[0] == 0.25}
+    assert all(
+        mean_of(m["lora-mixture"], "hypervolume") == max(mean_of(m[name], "hypervolume") for name in METHODS)
+        for cell, m in cells.items()
+        if cell[0] == 1
+    )
+    assert (round(min(x.mean for x in at_one)), round(max(x.mean for x in at_one))) == (2, 28)
+    assert {lead.rival for lead in at_one} == {"dpo-soup"}
+    at_few = [max(RIVALS, key=lambda name, m=methods: mean_of(m[name], "hypervolume")) for methods in few.values()]
+    assert at_few == ["dpo-soup"] * 6
+    assert all(difference(methods, "lora-mixture").mean < 0 for methods in few.values())
+    tried = {
+        row["rate"]: round(row["hypervolume"], 3)
+        for row in rows
+        if (row["role"], row["method"], row["budget"]) == ("rate", CONDITIONED[0], 0.25)
+    }
+    assert (tried[0.008], tried[0.032]) == (0.594, 0.588)
+    better = [
+        row["hypervolume"] > few[0.25, row["spread"], row["conflict"]]["lora-mixture"][row["seed"]]["hypervolume"]
+        for row in rows
+        if row["role"] == "check"
+    ]
+    assert len(better) == 18 and sum(better) > 9
+    variants = [difference(m, INFLUENCE, ("hyper-prompt",)) for m in cells.values() if INFLUENCE in m]
+    assert len(variants) == 2 and all(lead.low < 0 < lead.high for lead in variants)
