@@ -105,13 +105,15 @@ def validated(model) -> float:
 
 
 def cross(accelerator, place: Path) -> dict[str, torch.Tensor]:
-    """Stop a training of each kind, in shares or not, and go on with it in each other kind."""
+    """Stop a training of a kind, in shares or not, and go on with it in itself and in other kinds."""
     found, count = {}, accelerator.num_processes
-    for kind in KINDS:
+    for kind in KINDS if count == 2 else KINDS[:2]:
         with launched(place, kind):
             full(accelerator, sgd=False, stop=2, directory=place / "stopped" / f"{kind}-{count}")
     for before in sorted((place / "stopped").iterdir()):
-        for kind in KINDS if before.name.startswith("zero3") else KINDS[:2]:
+        was = before.name.partition("-")[0]
+        kinds = {"zero2": ("zero2",), "zero3": KINDS if count == 2 else ("zero3",), "fsdp2": ("zero3",)}
+        for kind in kinds.get(was, ("zero2", "zero3")):
             copy = place / "continued" / f"{before.name}-by-{kind}-{count}"
             if accelerator.is_main_process:
                 shutil.copytree(before, copy)
@@ -166,7 +168,7 @@ def main(place: Path, stages: list[str]) -> None:
                 assert torch.equal(resumed, found["stopped"]), "bits of one that was never stopped"
             if accelerator.is_main_process:
                 torch.save(found, here / "found.pt")
-    crossed, rounded = cross(accelerator, place), half(place)
+    crossed, rounded = cross(accelerator, place), half(place) if count == 2 else {}
     if accelerator.is_main_process:
         torch.save(crossed, place / f"crossed-{count}.pt")
         torch.save(rounded, place / f"half-{count}.pt")

