@@ -148,7 +148,7 @@ class RankConfig(CosDpoSettings):
 
     @property
     def conditions_by(self) -> Literal["concat", "heads", "mixture"]:
-        """`conditioning`, or what a run takes where none is given; concat, the first there was, where it has no part."""
+        """`conditioning`, or where none is given what a run takes: mixture, or concat if it has no part in the run."""
         return self.conditioning or ("mixture" if set(CONDITIONED) & set(self.methods) else "concat")
 
     @property

@@ -20,7 +20,7 @@ from mopl import steering
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.experiments import compare, run_fronts
 from mopl.experiments.cos_dpo import ListLoss, modpo_loss, scalarized_loss, vector_name
-from mopl.experiments.methods import METHODS
+from mopl.experiments.methods import METHODS, TABLE
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
 from mopl.ranking import ListTransformer, RankingModel, RankingModelConfig
@@ -36,7 +36,7 @@ from mopl.ranking.methods import (
 )
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import load_normalizer, open_run
-from mopl.ranking.stages import Stages
+from mopl.ranking.stages import Stages, untrained
 from mopl.ranking.steer import steer
 from mopl.ranking.synthetic import true_scores
 from mopl.training import read_log
@@ -343,15 +343,22 @@ def test_front_json_has_the_promised_schema_and_its_own_hypervolume(finished):
         assert np.shape(extra["losses"]) == (3, 3) and min(extra["nats_above_the_optimum"]) > 0
 
 
-def test_methods_have_the_parameters_of_table_1(finished):
+def test_methods_have_the_parameters_of_table_1_with_one_more_output_for_each_more_objective(finished):
+    """Table 1 is of weights that are appended to the features: m x hidden parameters more, and as many for β."""
     fronts = {front.method: front.parameters for front in run_fronts(finished)}
     one = sum(p.numel() for p in ListTransformer(8, hidden=8, heads=2).parameters())
     kept = {front.method: front.inference_parameters for front in run_fronts(finished)}
     # Scores are those of the base and of a network added up; mo-dpo's three experts end with its training.
     assert kept["base"] == one and kept["dpo-soup"] == kept["dpo-ls"] == kept["mo-dpo"] == one + 3 * one
     assert kept["weight-cos-dpo"] == one + fronts["weight-cos-dpo"]
+    base = ListTransformer(8, hidden=8, heads=2)
+    appended = {
+        name: untrained(config(conditioning="concat"), ("a", "b", "c"), base, TABLE[name]).num_parameters
+        for name in ("weight-cos-dpo", "temperature-cos-dpo")
+    }
+    assert (appended["weight-cos-dpo"], appended["temperature-cos-dpo"]) == (one + 3 * 8, one + 6 * 8)
     assert fronts == {
-        "base": one, "weight-cos-dpo": one + 3 * 8, "temperature-cos-dpo": one + 6 * 8, "dpo-ls": 3 * one,
+        "base": one, "weight-cos-dpo": one + 2 * 8, "temperature-cos-dpo": one + 2 * 8 + 3 * 8, "dpo-ls": 3 * one,
         "dpo-soup": 3 * one, "mo-dpo": 6 * one,
     }  # fmt: skip
 
