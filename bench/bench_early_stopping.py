@@ -57,7 +57,8 @@ def figures(front: Front) -> dict[str, Any]:
 
 def one_seed(data: str, objectives: tuple[str, ...], seed: int, place: Path) -> dict[str, Any]:
     """Return the figures of every number of steps, and of the default, for one seed."""
-    common: dict[str, Any] = {"seed": seed, "data_seed": seed, "scales": (), "bootstrap": 500, "checkpoint_every": 0}
+    common: dict[str, Any] = {"seed": seed, "data_seed": seed, "scales": (), "bootstrap": 500, "checkpoint_every": 0,
+                              "conditioning": "concat"}  # fmt: skip
     if data == "small":
         (place / "small").mkdir()
         data, objectives = str(place / "small"), write_small(place / "small", seed)

@@ -159,7 +159,7 @@ class Problem:
         experts: Tensor | None,
     ) -> RankingModel:
         m, batch = self.sizes.objectives, self.sizes.batch
-        config = dataclasses.replace(self.config, conditioning=conditioning or self.config.conditioning)
+        config = dataclasses.replace(self.config, conditioning=conditioning or "concat")
         torch.manual_seed(self.seed)  # every model starts from the same parameters
         model = untrained(config, self.names, self.base, TABLE["dpo-ls" if weights is not None else "weight-cos-dpo"])
         if weights is None:

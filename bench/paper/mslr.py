@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "five": {"parametrisation": "scratch"},
     "pair": {"objectives": ("quality", "quality2"), "parametrisation": "augment", "layers": 5},
 }
-COMMON: dict[str, Any] = {"method": "all", "points": 11, "scales": ()}
+COMMON: dict[str, Any] = {"method": "all", "conditioning": "concat", "points": 11, "scales": ()}
 SMALL: dict[str, Any] = {"steps": 200, "base_steps": 100}
 SMALL_QUERIES = 200
 TITLES = {"five": "five auxiliary objectives", "pair": "two auxiliary objectives, quality and quality2"}

@@ -72,11 +72,12 @@ class RankConfig(CosDpoSettings):
         "augment: the network's output is added to the base model's scores, which needs fewer steps and is "
         "closed under equation (14); scratch: it is the scores (appendix A.6.3 has both)",
     )
-    conditioning: Literal["concat", "heads", "mixture"] = in_method(
-        "concat",
-        "how weights enter a conditioned model; concat: appended to the features of every item (section 4.1); heads: "
-        "the same, plus one output of the network for each objective, summed with the weights; mixture: these outputs "
-        "alone, mixed as the best scores for weighted losses are, which needs the fewest steps",
+    conditioning: Literal["concat", "heads", "mixture"] | None = in_method(
+        None,
+        "how weights enter a conditioned model; concat: appended to the features of every item, as in the paper "
+        "(section 4.1); heads: the same, plus one output of the network for each objective, summed with the weights; "
+        "mixture: these outputs alone, mixed as the best scores for weighted losses are, which needs the fewest steps",
+        unset="mixture",
     )
     steps: int | None = setting(
         None, "optimizer steps of each tuned model; the base model has --base-steps", unset="10 epochs, at least 200"
@@ -134,7 +135,7 @@ class RankConfig(CosDpoSettings):
                 f"average is {self.average} but steps is {least}, which the trainings share; take more steps, or a "
                 "smaller average"
             )
-        if self.conditioning != "concat" and not set(CONDITIONED) & set(self.methods):
+        if self.conditioning not in (None, "concat") and not set(CONDITIONED) & set(self.methods):
             raise ValueError(
                 f"conditioning is {self.conditioning!r} but method {self.method!r} trains no conditioned model; leave "
                 "conditioning out, or take a method that does, such as weight-cos-dpo"
@@ -144,6 +145,11 @@ class RankConfig(CosDpoSettings):
         """Return `betas`, whose name this was."""
         warn_renamed("temperatures", "betas", stacklevel=2)
         return self.betas(objectives)
+
+    @property
+    def conditions_by(self) -> Literal["concat", "heads", "mixture"]:
+        """`conditioning`, or where none is given what a run takes: mixture, or concat if it has no part in the run."""
+        return self.conditioning or ("mixture" if set(CONDITIONED) & set(self.methods) else "concat")
 
     @property
     def grid_density(self) -> Literal["dense", "medium"]:
@@ -165,8 +171,8 @@ class RankConfig(CosDpoSettings):
         return Measure(k=self.k, gain=self.gain, empty=self.empty)
 
     def resolved(self, lists: int) -> "Self":
-        """Return the settings with the numbers of steps that `lists` training lists ask for, where none were given."""
+        """Return the settings with what `lists` training lists ask for, where none was given: steps, conditioning."""
         epoch = math.ceil(lists / min(self.batch_size, lists))
         steps = max(FEWEST_STEPS, 10 * epoch) if self.steps is None else self.steps
         base_steps = max(100, 3 * epoch) if self.base_steps is None else self.base_steps
-        return dataclasses.replace(self, steps=steps, base_steps=base_steps)
+        return dataclasses.replace(self, steps=steps, base_steps=base_steps, conditioning=self.conditions_by)

@@ -224,6 +224,9 @@ class RankingModel(nn.Module):
     ) -> Tensor:  # (B, K)
         """Return the scores to rank by, with both knobs of post-training control.
 
+        Pass all items of a list in one call: each is scored in view of the others, and a model that mixes
+        (`conditioning="mixture"`) gives a list of one item the base model's score at every trade-off.
+
         Args:
             features: (B, K, F).
             weights: w on the simplex, a tensor or numbers.

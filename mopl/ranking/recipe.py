@@ -13,6 +13,7 @@ See `mopl.ranking.stages` for the models of the baselines.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ from mopl._restoring import seeded
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.experiments.stages import Trained
-from mopl.ranking.config import RankConfig
+from mopl.ranking.config import CONDITIONED, RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import check_measurable, distances_to_truth, evaluate, true_front
 from mopl.ranking.methods import BasePolicy, Policy
@@ -73,7 +74,7 @@ class RankingRecipe(Recipe):
 
     kind = RankingRun.KIND
     finished = RankingRun
-    chosen: ClassVar[dict[str, Any]] = dict.fromkeys(("steps", "base_steps"))
+    chosen: ClassVar[dict[str, Any]] = dict.fromkeys(("steps", "base_steps", "conditioning"))
 
     @property
     def stem(self) -> str:
@@ -100,6 +101,12 @@ class RankingRecipe(Recipe):
             whole = f"{split.name}: {counted(len(split), 'query')}, {counted(split.num_items, 'item')}"
             for line in split.describe().split("\n") if name == "train" else [whole]:
                 self.say(line)
+        if self.config.conditioning is None:
+            if self.record is None and set(CONDITIONED) & set(self.config.methods):
+                self.say(f"conditioning {self.config.conditions_by}, the default; --conditioning concat is the paper's")
+            elif self.record is not None:  # an earlier version took another
+                begun = RankingRun.config_of(self.record, self.path).conditioning
+                self.config = dataclasses.replace(self.config, conditioning=begun)
         config = self.config = self.config.resolved(len(train))
         self.beta = config.betas(len(train.objectives))
         check_measurable(train, config.measure)

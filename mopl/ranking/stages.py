@@ -187,11 +187,11 @@ def read_references(file: Path, splits: dict[str, RankingData]) -> dict[str, Ten
 
 def untrained(config: RankConfig, objectives: tuple[str, ...], base: ListTransformer, method: Method) -> RankingModel:
     """Return a model that a method of a run trains, as it is before."""
-    mixes = method.conditioned and config.conditioning == "mixture"
+    mixes = method.conditioned and config.conditions_by == "mixture"
     settings = RankingModelConfig(
         base.settings["features"], objectives, config.hidden, config.layers, config.heads, dropout=config.dropout,
         parametrisation=config.parametrisation, conditioned=method.conditioned, takes_beta=method.takes_beta,
-        conditioning=config.conditioning,
+        conditioning=config.conditions_by,
         mixture_beta=config.betas(len(objectives)) if mixes and not method.takes_beta else (),
     )  # fmt: skip
     return RankingModel(settings, base)

@@ -20,7 +20,7 @@ from mopl import steering
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.experiments import compare, run_fronts
 from mopl.experiments.cos_dpo import ListLoss, modpo_loss, scalarized_loss, vector_name
-from mopl.experiments.methods import METHODS
+from mopl.experiments.methods import METHODS, TABLE
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
 from mopl.ranking import ListTransformer, RankingModel, RankingModelConfig
@@ -36,7 +36,7 @@ from mopl.ranking.methods import (
 )
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import load_normalizer, open_run
-from mopl.ranking.stages import Stages
+from mopl.ranking.stages import Stages, untrained
 from mopl.ranking.steer import steer
 from mopl.ranking.synthetic import true_scores
 from mopl.training import read_log
@@ -343,15 +343,22 @@ def test_front_json_has_the_promised_schema_and_its_own_hypervolume(finished):
         assert np.shape(extra["losses"]) == (3, 3) and min(extra["nats_above_the_optimum"]) > 0
 
 
-def test_methods_have_the_parameters_of_table_1(finished):
+def test_methods_have_the_parameters_of_table_1_with_one_more_output_for_each_more_objective(finished):
+    """Table 1 is of weights that are appended to the features: m x hidden parameters more, and as many for β."""
     fronts = {front.method: front.parameters for front in run_fronts(finished)}
     one = sum(p.numel() for p in ListTransformer(8, hidden=8, heads=2).parameters())
     kept = {front.method: front.inference_parameters for front in run_fronts(finished)}
     # Scores are those of the base and of a network added up; mo-dpo's three experts end with its training.
     assert kept["base"] == one and kept["dpo-soup"] == kept["dpo-ls"] == kept["mo-dpo"] == one + 3 * one
     assert kept["weight-cos-dpo"] == one + fronts["weight-cos-dpo"]
+    base = ListTransformer(8, hidden=8, heads=2)
+    appended = {
+        name: untrained(config(conditioning="concat"), ("a", "b", "c"), base, TABLE[name]).num_parameters
+        for name in ("weight-cos-dpo", "temperature-cos-dpo")
+    }
+    assert (appended["weight-cos-dpo"], appended["temperature-cos-dpo"]) == (one + 3 * 8, one + 6 * 8)
     assert fronts == {
-        "base": one, "weight-cos-dpo": one + 3 * 8, "temperature-cos-dpo": one + 6 * 8, "dpo-ls": 3 * one,
+        "base": one, "weight-cos-dpo": one + 2 * 8, "temperature-cos-dpo": one + 2 * 8 + 3 * 8, "dpo-ls": 3 * one,
         "dpo-soup": 3 * one, "mo-dpo": 6 * one,
     }  # fmt: skip
 
@@ -393,6 +400,7 @@ def interrupt_at(monkeypatch, stage_steps, action):
     ("changes", "at"),
     [
         ({}, 3),
+        ({"conditioning": "concat"}, 3),
         ({"method": "mo-dpo"}, 27),  # in the second of the MO-DPO models
         ({"conditioning": "mixture", "average": 2}, 4),  # in the second of the trainings that are averaged
     ],
@@ -535,6 +543,44 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         with pytest.raises(FileExistsError, match="is no run of mopl, so it is left alone"):
             rank(config(), tmp_path / "thesis", overwrite=overwrite, say=quiet)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "work"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "mixture"), ({"method": "temperature-cos-dpo"}, "mixture"), ({"method": "dpo-soup"}, "concat"),
+        ({"conditioning": "concat"}, "concat"), ({"conditioning": "heads"}, "heads"),
+    ],
+)  # fmt: skip
+def test_the_conditioning_that_nobody_chose_is_said_and_recorded(tmp_path, changes, expected):
+    said = []
+    settings = config(steps=2, **changes)
+    assert settings.conditions_by == expected
+    run = rank(settings, tmp_path / "run", say=said.append)
+    assert json.loads((run / "config.json").read_text())["config"]["conditioning"] == expected
+    if settings.method != "dpo-soup":
+        assert RankingModel.from_pretrained(run).config.conditioning == expected
+    lines = [line for line in said if line.startswith("conditioning ")]
+    chosen = changes.keys() & {"conditioning"} or expected == "concat"
+    assert lines == ([] if chosen else ["conditioning mixture, the default; --conditioning concat is the paper's"])
+
+
+@pytest.mark.parametrize("recorded", ["concat", None])
+def test_a_run_from_before_the_default_changed_goes_on_with_its_own_conditioning(tmp_path, recorded):
+    """Versions with another default recorded it; those without the setting had the paper's."""
+    run = rank(config(steps=2, conditioning="concat"), tmp_path / "run", say=quiet)
+    record = json.loads((run / "config.json").read_text())
+    if recorded is None:
+        del record["config"]["conditioning"]
+        (run / "config.json").write_text(json.dumps(record))
+    before = (run / "model.safetensors").read_bytes()
+    (run / "front.json").unlink()
+    for name in ("model.safetensors", "model.json", "training.json"):
+        (run / name).unlink()
+    rank(config(steps=2), run, resume=True, say=quiet)
+    assert (run / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="conditioning was 'concat', is 'mixture'"):
+        rank(config(steps=2, conditioning="mixture"), run, resume=True, say=quiet)
 
 
 def test_a_resumed_run_must_have_the_settings_and_the_data_it_had(tmp_path):
@@ -756,7 +802,7 @@ def test_one_conditioned_model_beats_soup_and_mo_dpo_at_a_fraction_of_the_time(
         config(
             data=f"synthetic:queries={queries},items=20,features=12,objectives=5", seed=seed, method="all", hidden=64,
             heads=4, base_hidden=32, steps=steps, base_steps=60, batch_size=32, learning_rate=4e-3, beta=(0.25,),
-            points=points, bootstrap=0, log_every=250, checkpoint_every=0,
+            points=points, bootstrap=0, log_every=250, checkpoint_every=0, conditioning="concat",
         ),
         tmp_path / "run", say=quiet,
     )  # fmt: skip
