@@ -196,7 +196,7 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
                     axes.text(
                         x, y, f"{lead.mean:+.1f} %\n{lead.seeds_ahead} seeds\n{lead.rival}", ha="center", va="center",
                         weight="bold" if len({value > 0 for value in lead.values}) == 1 else "normal",
-                        color="white" if abs(float(colours(lead.mean)) - 0.5) > 0.33 else "#222222",
+                        color="white" if abs(float(colours(lead.mean)) - 0.5) > 0.28 else "#222222",
                     )  # fmt: skip
                 image = axes.imshow(grid, cmap="RdBu", norm=colours, origin="lower", aspect="auto")
                 axes.set_xticks(range(len(conflicts)), [f"{x:g}" for x in conflicts])

@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": (*_HF, "peft", "starlette", "uvicorn"),
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
+NO_EXTRA = ("deepspeed",)  # pip would install it before the torch that its installation needs
 PACKAGES = {
     "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",
@@ -60,11 +61,16 @@ def require(*modules: str, what: str = "this", extra: str | None = None) -> None
     missing = [name for name in dict.fromkeys(modules) if not is_installed(name)]
     if not missing:
         return
-    extras = dict.fromkeys(_extra_of(name, extra) for name in missing)
+    extras = dict.fromkeys(_extra_of(name, extra) for name in missing if name not in NO_EXTRA)
+    alone = [name for name in missing if name in NO_EXTRA]
+    commands = [install(*extras)] if extras else []
+    commands += [f"pip install {' '.join(alone)}"] if alone else []
     names = [PACKAGES.get(name, name) for name in missing]
     listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     are = "is" if len(names) == 1 else "are"
-    raise ImportError(f"{what} needs {listed}, which {are} not installed; run: {install(*extras)}", name=missing[0])
+    raise ImportError(
+        f"{what} needs {listed}, which {are} not installed; run: {' && '.join(commands)}", name=missing[0]
+    )
 
 
 def require_for(command: str, *more: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl.training.sharded import CopiedModel, mark, run_under_autocast
 
 # What these do to an element of a parameter depends on no other, so that they may have a share of several at once.
@@ -45,6 +46,7 @@ class ZeroModel(CopiedModel):
     ) -> None:
         _check(accelerator, model, optimizer, settings["zero_optimization"]["stage"])
         super().__init__(accelerator, model, optimizer)
+        require("deepspeed")
         import deepspeed
 
         logging.getLogger("DeepSpeed").addFilter(_is_news)
@@ -319,6 +321,7 @@ def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 def check_device(accelerator: Any) -> None:
     """Raise unless DeepSpeed is set up for the training's kind of device."""
+    require("deepspeed")
     from deepspeed.accelerator import get_accelerator
 
     kind = get_accelerator().device_name()

@@ -113,6 +113,10 @@ def test_what_the_page_says_in_words_is_what_the_rows_say(rows):
     behind = {cell for cell, m in cells.items() if difference(m, "lora-mixture", ("hyper-prompt",)).mean < 0}
     assert len(cells) == 18 and behind == {(b, 3.0, c) for b in (0.25, 4.0) for c in (0.2, 0.6)}
     assert all(len(m["lora-mixture"]) == (1 if cell[0] == 4 else 3) for cell, m in cells.items())
+    over = [difference(m, "lora-mixture", ("hyper-prompt",)) for cell, m in cells.items() if cell[0] < 4]
+    assert (len(over), sum(x.mean > 0 for x in over), sum(x.low > 0 for x in over)) == (12, 10, 5)
+    chosen = {row["method"]: row["rate"] for row in rows if row["role"] == "map" and row["budget"] == 0.25}
+    assert {name for name in METHODS if chosen[name] == 0.032} == {"hyper-prompt", *RIVALS}
     at_one = [difference(methods, "lora-mixture") for cell, methods in cells.items() if cell[0] == 1]
     assert len(at_one) == 6 and all(lead.mean > 0 > lead.low and len(lead.values) == 3 for lead in at_one)
     few = {cell: methods for cell, methods in cells.items() if cell[0] == 0.25}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mopl._extras import COMMANDS, EXTRAS, PACKAGES, install, require, require_for
+from mopl._extras import COMMANDS, EXTRAS, NO_EXTRA, PACKAGES, install, require, require_for
 from mopl.alignment import AlignConfig, align
 from mopl.cli import main
 from mopl.clp import ClpConfig, train_policies
@@ -75,7 +75,7 @@ def asked_for(tree):
 
 
 def test_a_file_with_an_optional_import_asks_for_the_extra():
-    optional = {module for modules in EXTRAS.values() for module in modules}
+    optional = {module for modules in EXTRAS.values() for module in modules} | set(NO_EXTRA)
     for path in sorted((ROOT / "mopl").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         asked = asked_for(tree)
@@ -138,3 +138,9 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch):
     assert e.value.name == "sklearn"
     require("tqdm", "torch")
     require_for("steer")
+
+
+def test_what_no_extra_brings_is_installed_by_itself(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ImportError, match=r"needs deepspeed, which is not installed; run: pip install deepspeed$"):
+        require("accelerate", "deepspeed")
