@@ -253,6 +253,7 @@ def report(out: Path, rows: list[dict[str, Any]], keep: Path | None = None) -> i
     if not rows:
         raise ValueError(f"{out / 'rows.jsonl'} has no row of the map yet; run without --report first")
     text = who_wins_map.table(rows)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "map.md").write_text(text, encoding="utf-8")
     who_wins_map.picture(rows, out / "map.png")
     if keep is not None:

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 from bench import who_wins, who_wins_language_map
-from bench.who_wins import best_rate
 from bench.who_wins_cells import Cell
 from bench.who_wins_language_cells import INFLUENCE, METHODS, Problem, Sizes, run
 from mopl import _terminal
@@ -162,6 +161,12 @@ def work(missing: list[Job], rows: list[dict[str, Any]], file: Path, sizes: Size
             f"optimum, {time.perf_counter() - began:.1f} s; about {left / 60:.0f} CPU minutes left",
             flush=True,
         )
+
+
+def best_rate(rows: list[dict[str, Any]], budget: float, method: str) -> float:
+    """Return the learning rate with the largest hypervolume where rates are chosen."""
+    tried = [row for row in rows if row["role"] == "rate" and (row["budget"], row["method"]) == (budget, method)]
+    return max(tried, key=lambda row: row["hypervolume"])["rate"]
 
 
 def remaining(missing: list[Job], rows: list[dict[str, Any]], sizes: Sizes) -> float:

@@ -154,11 +154,17 @@ def summary(cells: Cells) -> str:
 
 
 def over(cells: Cells, method: str) -> str:
-    """Return the mean lead over cells, with its interval over the seeds that all of these have."""
-    leads = [difference(methods, method) for methods in cells.values()]
-    count = min(len(lead.values) for lead in leads)
-    mean, low, high = interval([sum(lead.values[s] for lead in leads) / len(leads) for s in range(count)])
-    return f"{mean:+.1f} %{ends_of(low, high)}"
+    """Return the mean lead over cells, and that with its interval over the seeds that all of these have."""
+    leads = {cell: difference(methods, method) for cell, methods in cells.items()}
+    shared = sorted(set.intersection(*(set(methods[method]) for methods in cells.values())))
+    of_seed = [dict(zip(cells[cell][method], lead.values, strict=True)) for cell, lead in leads.items()]
+    whole = f"{sum(lead.mean for lead in leads.values()) / len(leads):+.1f} %"
+    if len(shared) < 2:
+        return whole
+    mean, low, high = interval([sum(each[seed] for each in of_seed) / len(of_seed) for seed in shared])
+    if all(len(each) == len(shared) for each in of_seed):
+        return f"{whole}{ends_of(low, high)}"
+    return f"{whole} (over the {len(shared)} seeds that all of these have {mean:+.1f} %{ends_of(low, high)})"
 
 
 def ends_of(low: float, high: float) -> str:

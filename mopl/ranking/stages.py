@@ -144,14 +144,22 @@ class Stages(CosDpoStages):
             for place, (folder, steps) in enumerate(zip(folders, shares, strict=True))
         ]  # fmt: skip
         model = untrained(config, self.objectives, self.base, part.method)
-        kind, target = (RankingModel, model) if part.method.conditioned else (ListTransformer, model.network)
-        states = [kind.from_pretrained(folder).state_dict() for folder in folders]
-        target.load_state_dict(steering.soup(states, [1 / len(states)] * len(states)))
+
+        def network(folder: Path) -> ListTransformer:
+            if part.method.conditioned:
+                return RankingModel.from_pretrained(folder).network
+            return ListTransformer.from_pretrained(folder)
+
+        def save(folder: Path) -> None:  # by the main process alone, which then drops the folders that this reads
+            states = [network(each).state_dict() for each in folders]
+            model.network.load_state_dict(steering.soup(states, [1 / len(states)] * len(states)))
+            (model if part.method.conditioned else model.network).save_pretrained(folder)
+
         whole = Trained(
             *(sum(getattr(each, name) for each in done) for name in ("steps", "seconds", "kept", "limit")),
             parameters=model.num_parameters,
         )
-        self.record(part.folder, target.save_pretrained, whole)
+        self.record(part.folder, save, whole)
         self.say(f"{part.name}: the average of {counted(len(done), 'training')}, {counted(whole.steps, 'step')} in all")
         return whole
 

@@ -44,6 +44,13 @@ def test_leads_are_paired_differences_from_the_rival_that_is_best_on_average():
     assert "It is more than 2 % behind in 1; the worst is -23.3 %." in text
     assert "the mean lead over the best rival of each square is +6.7 % [-7.7, +21.0] for `mixture`" in text
     assert "The least regret belongs, in squares: 1 to `mixture`." in text
+    # Squares of other seeds count with their own mean, and seeds are paired by their numbers.
+    more = [row(name, seed, value) | {"spread": 1.0} for seed in (1, 2, 3) for name, value in
+            {"mixture": 0.5 + seed / 10, "dpo-ls": 0.5, "dpo-soup": 0.4}.items()]  # fmt: skip
+    assert "of each square is +23.3 % (over the 2 seeds that all of these have +17.5 % " in who_wins_map.table(
+        rows + more
+    )
+    assert "of each square is +33.3 % for `mixture`" in who_wins_map.table(rows + more[-3:])  # of 20/3 and 60
     with pytest.raises(ValueError, match="no cell has mixture, dpo-ls, dpo-soup yet"):
         who_wins_map.table(rows[:3])
 
@@ -83,6 +90,14 @@ def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(
     assert timeless == [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in rows]
     assert who_wins.main(["--out", str(out)]) == 2
     assert "rows.jsonl has rows of other sizes; pass the --sizes" in capsys.readouterr().err
+
+
+def test_the_map_of_kept_rows_is_written_into_a_new_folder(tmp_path, capsys):
+    kept = tmp_path / "rows.jsonl"
+    lines = (ROOT / "bench/results/cpu/who-wins.jsonl").read_text()
+    kept.write_text(lines)
+    assert who_wins.main(["--out", str(tmp_path / "new"), "--report", "--keep", str(kept)]) == 0
+    assert (tmp_path / "new" / "map.md").read_text() in capsys.readouterr().out and kept.read_text() == lines
 
 
 @pytest.mark.parametrize(
