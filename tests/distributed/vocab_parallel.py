@@ -181,6 +181,8 @@ def errors() -> None:
         (lambda: linear_topk_jsd(hidden, weight, target[:, None], hidden[:, :1]), "weight.full_tensor("),
         (lambda: linear_jsd(hidden, torch.randn(VOCABULARY, WIDTH), hidden, weight), "teacher_weight is a DTensor"),
         (lambda: linear_jsd(hidden, weight, hidden, wide, group=mesh.get_group()), "teacher_weight is a DTensor"),
+        (lambda: linear_jsd(hidden, weight, hidden, weight, teacher_bias=bias.full_tensor(), group=mesh.get_group()),
+         f"this rank's teacher_bias has shape ({VOCABULARY},) and its teacher_weight"),
         (lambda: linear_topk_jsd(hidden, weight, target[:, None] + VOCABULARY, hidden[:, :1] - 9,
                                  group=mesh.get_group()), f"vocabulary size {VOCABULARY}"),
     ):  # fmt: skip
