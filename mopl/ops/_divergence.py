@@ -18,7 +18,7 @@ from mopl.ops import _derivatives as derivatives
 from mopl.ops._divergence_blocks import Head, Need, Sums, backward, forward
 from mopl.ops._logprob import check_operands, check_scalar, per_row
 from mopl.ops.linear_logprob.rows import Places
-from mopl.ops.linear_logprob.shard import VocabularyShard, local_part, refuse_split, shard_or_whole
+from mopl.ops.linear_logprob.shard import VocabularyShard, head_parts, shard_or_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,19 +60,10 @@ def divergence(
     check_rows_mask(mask, lead)
     shard, weight, bias = shard_or_whole(hidden, policy.weight, policy.bias, group)
     policy = policy._replace(weight=weight, bias=bias)
-    if group is None:
-        refuse_split(other.weight, f"{called}_weight")
-        refuse_split(other.bias, f"{called}_bias")
-    else:
-        parts = [
-            local_part(part, f"{called}_{word}", group)
-            for part, word in ((other.weight, "weight"), (other.bias, "bias"))
-        ]
-        other = other._replace(weight=parts[0], bias=parts[1])
-        if len(other.weight) != len(weight):
-            raise ValueError(
-                f"here are {len(weight)} rows of weight and {len(other.weight)} of the {called}'s; shard both alike"
-            )
+    rows, shift = head_parts(other.weight, other.bias, group, f"{called}_")
+    other = other._replace(weight=rows, bias=shift)
+    if len(rows) != len(weight):
+        raise ValueError(f"here are {len(weight)} rows of weight and {len(rows)} of the {called}'s; shard both alike")
     dtype = compute_dtype(hidden, policy.weight, other.hidden, other.weight)
     divisor = temperatures(policy.temperature, "temperature", hidden, mask, dtype)
     other_divisor = temperatures(other.temperature, f"{called}_temperature", hidden, mask, dtype)

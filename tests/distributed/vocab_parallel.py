@@ -156,7 +156,15 @@ def errors() -> None:
     weight = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(0)])
     wide = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(1)])
     few = distribute_tensor(torch.randn(1, WIDTH), mesh, [Shard(0)])  # the last rank has none
+    bias, alone = distribute_tensor(torch.randn(VOCABULARY), mesh, [Shard(0)]), [dist.new_group([r]) for r in range(2)]
     for arguments, options, part in (
+        ((hidden, weight.full_tensor(), target), {"bias": bias}, "bias is a DTensor and group is None"),
+        (
+            (hidden, weight, target),
+            {"bias": bias.full_tensor(), "group": mesh.get_group()},
+            f"this rank's bias has shape ({VOCABULARY},) and its weight",
+        ),
+        ((hidden, weight, target), {"group": alone[dist.get_rank()]}, "group is not the group over which weight is"),
         ((hidden, weight, target), {}, "group=weight.device_mesh.get_group()"),
         ((hidden, wide, target), {"group": mesh.get_group()}, "Shard(dim=1)"),
         ((hidden, few, target), {"group": mesh.get_group()}, "1 row over 2 ranks, of which the last has none"),
@@ -173,6 +181,8 @@ def errors() -> None:
         (lambda: linear_topk_jsd(hidden, weight, target[:, None], hidden[:, :1]), "weight.full_tensor("),
         (lambda: linear_jsd(hidden, torch.randn(VOCABULARY, WIDTH), hidden, weight), "teacher_weight is a DTensor"),
         (lambda: linear_jsd(hidden, weight, hidden, wide, group=mesh.get_group()), "teacher_weight is a DTensor"),
+        (lambda: linear_jsd(hidden, weight, hidden, weight, teacher_bias=bias.full_tensor(), group=mesh.get_group()),
+         f"this rank's teacher_bias has shape ({VOCABULARY},) and its teacher_weight"),
         (lambda: linear_topk_jsd(hidden, weight, target[:, None] + VOCABULARY, hidden[:, :1] - 9,
                                  group=mesh.get_group()), f"vocabulary size {VOCABULARY}"),
     ):  # fmt: skip

@@ -61,17 +61,32 @@ def shard_or_whole(
         TypeError: If they are DTensors and `group` is None.
         ValueError: If they are no vocabulary shards over `group`.
     """
+    weight, bias = head_parts(weight, bias, group)
+    return None if group is None else VocabularyShard(weight.shape[0], group, hidden.device), weight, bias
+
+
+def head_parts(
+    weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, of: str = ""
+) -> tuple[Tensor, Tensor | None]:
+    """Return this rank's plain tensors of weight and bias, or both as they are; errors as `shard_or_whole`.
+
+    Args:
+        weight: (V, H), a DTensor of it, or this rank's rows.
+        bias: (V,), likewise; None for none.
+        group: None where nothing is sharded.
+        of: What their names begin with in messages.
+    """
     if group is None:
-        refuse_split(weight, "weight")
-        refuse_split(bias, "bias")
-        return None, weight, bias
-    local = [local_part(value, name, group) for value, name in ((weight, "weight"), (bias, "bias"))]
-    weight, bias = local[0], local[1]  # type: ignore[assignment]
-    if bias is not None and bias.shape != weight.shape[:1]:
+        refuse_split(weight, f"{of}weight")
+        refuse_split(bias, f"{of}bias")
+        return weight, bias
+    rows, shift = local_part(weight, f"{of}weight", group), local_part(bias, f"{of}bias", group)
+    assert rows is not None
+    if shift is not None and shift.shape != rows.shape[:1]:
         raise ValueError(
-            f"this rank's bias has shape {shape_of(bias)} and its weight {shape_of(weight)}; shard both alike"
+            f"this rank's {of}bias has shape {shape_of(shift)} and its {of}weight {shape_of(rows)}; shard both alike"
         )
-    return VocabularyShard(weight.shape[0], group, hidden.device), weight, bias
+    return rows, shift
 
 
 def refuse_split(value: Tensor | None, name: str) -> None:
