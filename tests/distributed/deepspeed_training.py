@@ -9,6 +9,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -139,11 +140,18 @@ def refused(accelerator) -> None:
         (some_parts, model, r"scale has the shape ()"),
     )
     for used, given, message in cases:
-        try:
-            branches(accelerator, used, given)
-            raise AssertionError(f"it was trained, but: {message}")
-        except (RuntimeError, ValueError) as error:
-            assert message in str(error), error
+        fails(accelerator, message, used, given)
+    with mock.patch("deepspeed.initialize", side_effect=RuntimeError("there is no room")):
+        fails(accelerator, "there is no room", some_parts)
+
+
+def fails(accelerator, message, *arguments) -> None:
+    try:
+        branches(accelerator, *arguments)
+    except (RuntimeError, ValueError) as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"it was trained, but: {message}")
 
 
 def is_cut(model) -> None:

@@ -128,7 +128,6 @@ def asked(monkeypatch, tmp_path):
         ({"fp16": {"enabled": True}}, "fp16 = .* --mixed-precision bf16"),
         ({"bf16": {"enabled": True}}, "bf16 = .* is autocast"),
         ({"bf16": True}, "bf16 = True .* is autocast"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer = 'cpu'"),
         ({"train_batch_size": 8}, "train_batch_size = 8 .*--lists-per-batch"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4 .*--accumulation"),
         ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5 .*gradient_clip of the training"),
