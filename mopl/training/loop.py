@@ -208,7 +208,11 @@ def train(
     start, spent = 0, 0.0
     if checkpoint is not None:
         start, spent = checkpoint.step, checkpoint.state()["seconds"]
-        prepared.load_optimizer(states["optimizer"])
+        try:
+            prepared.load_optimizer(states["optimizer"])
+        except BaseException:
+            prepared.finish(gather=False)
+            raise
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(states["scaler"])
     if accelerator.is_main_process and folder is not None:

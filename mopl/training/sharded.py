@@ -79,9 +79,12 @@ class CopiedModel:
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:
+        """Copy the buffers of the main process: running means, say, are of the part of a batch that a process has."""
         plain = dict(self._plain.named_buffers())
         for name, buffer in self._copy.named_buffers():
-            plain[name].copy_(buffer)
+            there = buffer.detach().to(self._accelerator.device, copy=True).contiguous()
+            torch.distributed.broadcast(there, 0)
+            plain[name].copy_(there)
 
     def finish(self, *, gather: bool) -> None:
         """Give model and optimizer back to the caller: whole, on the device; the optimizer begins anew.
@@ -91,11 +94,15 @@ class CopiedModel:
         """
         if gather:
             self.plain()
+        del self.model.__dict__[_GATHER]
+        self._let_go()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Let the optimizer update the model itself again, and bring that back from the CPU."""
         for group, own in zip(self._optimizer.param_groups, self._own, strict=True):
             group["params"] = own
         self._optimizer.state.clear()
-        del self.model.__dict__[_GATHER]
-        self._let_go()
         self.model = self._copy = self._plain
         gc.collect()  # the shards hang in cycles; their memory is needed for the whole model
         self._plain.to(self._accelerator.device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl.training.sharded import CopiedModel, mark, run_under_autocast
+from mopl.training.zero_gradients import UsedParameters
 
 # What these do to an element of a parameter depends on no other, so that they may have a share of several at once.
 ELEMENTWISE = ("Adadelta", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
@@ -36,7 +37,7 @@ class ZeroModel(CopiedModel):
         settings: DeepSpeed's config; see `mopl.training.zero_settings`.
 
     Raises:
-        ValueError: If the optimizer leaves out a trained parameter, or one is not in float32.
+        ValueError: If the optimizer leaves out a trained parameter, one is not in float32, or one is a scalar.
         NotImplementedError: If the optimizer looks at whole parameters, stage 3 is asked for and the model is one that
             does, or DeepSpeed is set up for another device.
     """
@@ -46,16 +47,34 @@ class ZeroModel(CopiedModel):
     ) -> None:
         _check(accelerator, model, optimizer, settings["zero_optimization"]["stage"])
         super().__init__(accelerator, model, optimizer)
-        require("deepspeed")
-        import deepspeed
-
         logging.getLogger("DeepSpeed").addFilter(_is_news)
         self._stage = settings["zero_optimization"]["stage"]
         self._linear = nn.functional.linear  # DeepSpeed puts another in its place, which keeps no gathered weights
+        self._groups = list(optimizer.param_groups)
+        try:
+            engine = self._engine(settings)
+        except BaseException:
+            nn.functional.linear = self._linear
+            self._give_back()
+            raise
+        self.model: Any = engine
+        self._shares = _Shares(engine.optimizer, self._stage, accelerator)
+        self.optimizer = _Stepper(engine, self._groups)
+        self._used = UsedParameters(self._copy, engine.optimizer, accelerator)
+        engine.__dict__[_ENGINE] = True
+        mark(engine, self.on_device)
+        if self._before["state"]:
+            self.load_optimizer(self._before)
+
+    def _engine(self, settings: dict[str, Any]) -> Any:
+        """Return DeepSpeed's engine around the copy, which it cuts."""
+        require("deepspeed")
+        import deepspeed
+
+        accelerator = self._accelerator
         if accelerator.native_amp:
             run_under_autocast(self._copy, accelerator)
         self._update_copy()
-        self._groups = list(optimizer.param_groups)
         with _quiet():
             if self._stage == 3:
                 # One parameter at a time: by itself, `initialize` puts the whole model on the device.
@@ -63,15 +82,9 @@ class ZeroModel(CopiedModel):
                 for buffer in self._copy.buffers():
                     buffer.data = buffer.to(accelerator.device)
             engine, *_ = deepspeed.initialize(
-                model=self._copy, optimizer=optimizer, config=settings, dist_init_required=False
+                model=self._copy, optimizer=self._optimizer, config=settings, dist_init_required=False
             )
-        self.model: Any = engine
-        self._shares = _Shares(engine.optimizer, self._stage, accelerator)
-        self.optimizer = _Stepper(engine, self._groups)
-        if self._before["state"]:
-            self.load_optimizer(self._before)
-        engine.__dict__[_ENGINE] = True
-        mark(engine, self.on_device)
+        return engine
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[nn.Module]:
@@ -92,11 +105,21 @@ class ZeroModel(CopiedModel):
             self.model.set_gradient_accumulation_boundary(True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients, averaged over the processes."""
+        """Add to the gradients, averaged over the processes.
+
+        Raises:
+            RuntimeError: If parameters that have a gradient in one process have none in another.
+        """
+        self._used.begin()
         self.model.backward(loss, scale_wrt_gas=False)
 
     def clip(self, limit: float) -> float:
-        """Have the next update scale the gradient down to a norm of at most `limit`; return the norm that it has."""
+        """Have the next update scale the gradient down to a norm of at most `limit`; return the norm that it has.
+
+        Raises:
+            RuntimeError: If a trained parameter has no gradient, as under DDP.
+        """
+        self._used.check()
         zero = self.model.optimizer
         zero.clip_grad = 0.0 if math.isinf(limit) else limit
         groups = zero.fp16_groups if self._stage == 3 else zero.params_in_partition
@@ -191,6 +214,7 @@ class ZeroModel(CopiedModel):
             self.model.destroy()
         nn.functional.linear = self._linear
         self._shares.clear()
+        self._used.clear()
 
 
 class _Stepper:
@@ -201,6 +225,10 @@ class _Stepper:
 
     def step(self) -> None:
         self._engine.step()
+        # Stage 3 leaves them to be written over, and would update with them again what the next step does not use.
+        before = getattr(self._engine.optimizer, "grad_partitions_flat_buffer", None)
+        if before is not None:
+            before.zero_()
 
     def zero_grad(self) -> None:
         """Do nothing: the update has cleared the gradients."""
@@ -308,6 +336,11 @@ def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer,
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
+        if not parameter.ndim:
+            raise ValueError(
+                f"{name} has the shape (), and DeepSpeed shares out no scalars; give it the shape (1,), or train with "
+                "DDP (`--multi_gpu`)"
+            )
         if not parameter.requires_grad:
             continue
         if id(parameter) not in held:

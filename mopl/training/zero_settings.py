@@ -117,7 +117,7 @@ def _check(given: dict[str, Any], zero: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, value in given.items():
         if name in ("fp16", "bf16"):
-            fine = value.get("enabled", False) in (False, "auto")
+            fine = isinstance(value, dict) and value.get("enabled", False) in (False, "auto")
         else:
             fine = value in allowed[name] if name in allowed else name in (*_OURS, "zero_optimization")
         if not fine:
@@ -126,7 +126,7 @@ def _check(given: dict[str, Any], zero: dict[str, Any]) -> None:
         if name == "stage":
             fine = value in (2, 3)
         elif name in ("offload_optimizer", "offload_param"):
-            fine = (value or {}).get("device", "none") in (None, "none")
+            fine = value is None or (isinstance(value, dict) and value.get("device", "none") in (None, "none", "auto"))
         else:
             fine = name in _FREE_ZERO
         if not fine:

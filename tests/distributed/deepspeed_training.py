@@ -7,7 +7,9 @@ import contextlib
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -86,6 +88,72 @@ def full(
     return found
 
 
+class Branches(torch.nn.Module):
+    """Two layers, one of which may be left out, behind what keeps a running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.norm = torch.nn.BatchNorm1d(5, affine=False)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(5, 1) for _ in range(2))
+
+    def forward(self, x, used):
+        return sum(self.layers[number](self.norm(x)) for number in used)
+
+
+def branches(accelerator, used, model=None) -> torch.Tensor:
+    """Train what may leave out a layer in a part of a batch: `used(step, part)` are those that are not."""
+    model, count = model or Branches(), 0
+    settings = config(
+        steps=3, accumulation=4 // accelerator.num_processes, gradient_clip=0.3,
+        mixed_precision=accelerator.mixed_precision,
+    )  # fmt: skip
+
+    def loss(module, batch, step):
+        nonlocal count
+        part = accelerator.process_index * settings.accumulation + count % settings.accumulation
+        count += 1
+        return (module(batch["x"], used(step, part)) - batch["y"]).square().mean(), {}
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = [id(p) for p in optimizer.param_groups[0]["params"]]
+    try:
+        train(model, Source(), loss, settings, accelerator=accelerator, optimizer=optimizer)
+    finally:
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == before
+        assert not isinstance(torch.nn.functional.linear, types.FunctionType), "DeepSpeed's is gone"
+    return torch.cat([parameters(model), model.norm.running_mean])
+
+
+def some_parts(step, part):
+    """Leave out a layer in the first part of each process."""
+    return (0, 1) if part % 2 else (0,)
+
+
+def refused(accelerator) -> None:
+    """Leave out a layer in a step, then in a process; have a scalar among the parameters."""
+    model = Branches()
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    cases = (
+        (lambda step, part: (0, 1) if step == 0 else (0,), None, "does not depend on 2 trained parameters, layers.1.w"),
+        (lambda step, part: (part // 2,), None, r"layers.0.weight has a gradient in 1 of 2 processes"),
+        (some_parts, model, r"scale has the shape ()"),
+    )
+    for used, given, message in cases:
+        fails(accelerator, message, used, given)
+    with mock.patch("deepspeed.initialize", side_effect=RuntimeError("there is no room")):
+        fails(accelerator, "there is no room", some_parts)
+
+
+def fails(accelerator, message, *arguments) -> None:
+    try:
+        branches(accelerator, *arguments)
+    except (RuntimeError, ValueError) as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"it was trained, but: {message}")
+
+
 def is_cut(model) -> None:
     """Check what a loss is given under stage 3, and that the whole model is there to generate with."""
     assert type(model).__name__ == "DeepSpeedEngine"
@@ -148,6 +216,8 @@ def main(place: Path, stages: list[str]) -> None:
             found["adamw"] = same(accelerator, full(accelerator, sgd=False, directory=here / "whole"))
             full(accelerator, sgd=False, poison=2, directory=here / "diverged")
             if base is not None:
+                found["branches"] = same(accelerator, branches(accelerator, some_parts))[:-5]
+                refused(accelerator)
                 found["selected"] = full(accelerator, sgd=False, selection=Selection(validated, every=2, patience=1))
             if base is not None and stage == "zero3":
                 before = {name: value.clone() for name, value in base.state_dict().items()}

@@ -54,6 +54,7 @@ def test_shares_train_what_one_process_trains_and_each_kind_resumes_the_others(t
     one = {
         "sgd": script.full(accelerator, log=RunLog(tmp_path)),
         "adamw": script.full(accelerator, sgd=False),
+        "branches": script.branches(accelerator, script.some_parts)[:-5],
         "selected": script.full(accelerator, sgd=False, selection=Selection(script.validated, every=2, patience=1)),
     }
     base = models.load_causal_lm(str(tmp_path / "model"))
@@ -130,6 +131,7 @@ def asked(monkeypatch, tmp_path):
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler = .* follows the schedule of the training"),
         ({"fp16": {"enabled": True}}, "fp16 = .* --mixed-precision bf16"),
         ({"bf16": {"enabled": True}}, "bf16 = .* is autocast"),
+        ({"bf16": True}, "bf16 = True .* is autocast"),
         ({"train_batch_size": 8}, "train_batch_size = 8 .*--lists-per-batch"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4 .*--accumulation"),
         ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5 .*gradient_clip of the training"),
