@@ -41,7 +41,8 @@ OTHERS = {
     "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-modules", "--enable-prompt-embeds", "--model-path",
     "--max-loras-per-batch", "--lora-target-modules", "--lora-paths", "--model-id", "--lora", "--lora-scaled",
     "--jinja", "--no-jinja", "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--strict",
-    "--shell", "--no-X", "--logprobs-mode",
+    "--shell", "--no-X", "--logprobs-mode", "--use_deepspeed", "--zero_stage", "--deepspeed_config_file",
+    "--deepspeed_multinode_launcher",
 }  # fmt: skip
 
 # Classes and names of others: sentence-transformers, Liger, NeMo-RL, LoRAX, Lightning, torch's compiler, LightGBM,
@@ -50,10 +51,10 @@ OTHER_CLASSES = {
     "CrossEncoder", "ListNetLoss", "ListMLELoss", "RankNetLoss", "LambdaLoss", "LambdaRankScheme", "LinearMerge",
     "LigerFusedLinearJSDLoss", "DistributedLogprob", "ChunkedDistributedLogprob", "LoraWeights", "LightningModule",
     "ChunkedDistributedHiddenStatesToLogprobs", "PagedAttentionArgs", "InvalidCxxCompiler", "AlphaCoefficients",
-    "HuggingFaceTB",
+    "HuggingFaceTB", "DeepSpeed",
 }  # fmt: skip
 OTHER_NAMES = {
-    "fsdp_state_dict_type",
+    "fsdp_state_dict_type", "ACCELERATE_DEEPSPEED_ZERO_STAGE",
     "rank_xendcg", "mean_token_accuracy", "num_tokens", "actor_rollout_ref", "train_ppo_ray", "ATEN_CPU_CAPABILITY",
     "prompt_embeds", "merge_adapters", "adapter_names", "even_batches", "vllm_importance_sampling_correction",
 }  # fmt: skip
