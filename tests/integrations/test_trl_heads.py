@@ -167,7 +167,8 @@ def test_grpo_has_the_losses_gradients_and_metrics_of_trl(grpo, monkeypatch) -> 
         for level in ("token", "sequence"):
             monkeypatch.setattr(grpo, "loss_type", loss_type)
             monkeypatch.setattr(grpo, "importance_sampling_level", level)
-            assert_equal_steps(grpo, inputs)
+            # Rounding of the model's own float32 passes, by kernels for other sizes: up to 4e-5 on an AMD EPYC.
+            assert_equal_steps(grpo, inputs, tolerance=1e-4)
 
 
 @with_seam
