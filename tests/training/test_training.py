@@ -70,8 +70,8 @@ def test_the_parts_of_two_processes_add_up_to_the_batch(accumulation):
     losses, gradients = [], []
     for rank in range(2):
         model, cpu = network(), torch.device("cpu")
-        process = SimpleNamespace(num_processes=2, process_index=rank, device=cpu, backward=torch.Tensor.backward)
-        prepared = SimpleNamespace(model=model, no_sync=contextlib.nullcontext)
+        process = SimpleNamespace(num_processes=2, process_index=rank, device=cpu)
+        prepared = SimpleNamespace(model=model, no_sync=contextlib.nullcontext, backward=torch.Tensor.backward)
         loss, _ = accumulate(process, prepared, source, squared_error, config(accumulation=accumulation), 0)
         losses.append(loss)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
