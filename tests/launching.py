@@ -81,7 +81,10 @@ def _serve() -> None:
 
 
 def _run(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> subprocess.CompletedProcess[str]:
-    """Run commands at the same time; where one fails the others are ended, as a launcher does."""
+    """Run commands at the same time; where one fails the others are ended, as a launcher does.
+
+    What the first to fail wrote comes last, where a test that shows the end of an error shows it.
+    """
     _serve()
     with tempfile.TemporaryDirectory() as folder:
         files = [(str(Path(folder, f"out-{rank}")), str(Path(folder, f"err-{rank}"))) for rank in range(len(commands))]
@@ -97,6 +100,7 @@ def _run(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str
                 connection.wait(alive, timeout=1.0)
                 if time.monotonic() > deadline:
                     raise subprocess.TimeoutExpired(list(commands[0]), LIMIT)
+            failed = [p.exitcode or 0 for p in processes]
             for process in processes:
                 process.terminate()
                 process.join(30.0)
@@ -104,8 +108,9 @@ def _run(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str
             for process in processes:
                 process.kill()
                 process.join()
-        status = next((p.exitcode for p in processes if p.exitcode), 0)
-        out, err = ("".join(Path(file[n]).read_text() for file in files) for n in range(2))
+        status = next((code for code in (*failed, *(p.exitcode for p in processes)) if code), 0)
+        in_order = sorted(range(len(files)), key=lambda rank: failed[rank] != 0)
+        out, err = ("".join(Path(files[rank][n]).read_text() for rank in in_order) for n in range(2))
         return subprocess.CompletedProcess(list(commands[0]), status, out, err)
 
 
