@@ -50,9 +50,10 @@ def test_values_and_gradients_are_those_of_the_plain_formula(beta):
     torch.testing.assert_close(
         mix_objectives(scores[:1], weights[0], betas[0]), mix_objectives(scores[:1], weights[:1], betas[:1], mask[:1])
     )
-    assert torch.autograd.gradcheck(
-        lambda s, w: mix_objectives(s, w, betas, mask), (scores.requires_grad_(), weights[1:2].requires_grad_())
-    )
+    given = (scores, weights[1:].contiguous(), betas[1:].contiguous())
+    for rows in (given, (scores, weights[1], betas[1])):  # of each list, and of all of them
+        inputs = [x.clone().requires_grad_() for x in (rows[0][1:], *rows[1:])]
+        assert torch.autograd.gradcheck(lambda s, w, b: mix_objectives(s, w, b, mask[1:]), inputs)
 
 
 def test_at_the_end_of_an_objective_it_is_that_objectives_scores():
