@@ -156,6 +156,27 @@ def test_a_policy_that_cannot_be_loaded_changes_nothing(server, tmp_path, troubl
     assert load(server, "attention").status_code == 200
 
 
+@pytest.mark.parametrize("name", ["", "base@0.5,0.5", "two\nlines", "x" * 201])
+def test_a_name_that_requests_could_not_give_is_refused(server, name):
+    refused = server.http.post("/v1/load_policy", json={"name": name, "path": "attention"})
+    assert refused.status_code == 400 and "must be 1 to 200 printable characters without @" in refused.text
+    assert refused.json()["error"]["param"] == "name"
+
+
+def test_a_policy_is_served_without_the_dropout_of_its_training(server):
+    folder = server.api.policies.folder
+    assert load(server, "lora-mixture").status_code == 200
+    wanted = answer(server, "lora-mixture", weights=[0.25, 0.75])
+    shutil.copytree(folder / "lora-mixture", folder / "dropout")
+    try:
+        for file in (folder / "dropout").rglob("adapter_config.json"):
+            edit(file, lora_dropout=0.9)
+        assert load(server, "dropout").status_code == 200
+        assert answer(server, "dropout", weights=[0.25, 0.75]) == wanted
+    finally:
+        shutil.rmtree(folder / "dropout")
+
+
 @pytest.mark.parametrize(
     "error", [PermissionError("not for you"), MemoryError(), KeyError("x"), BaseException("panic")]
 )
