@@ -18,6 +18,7 @@ from mopl._sharded import is_sharded
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.training.parallel import distribution_of
 from mopl.training.sharded import broadcast_parameters
+from mopl.training.zero_settings import check_config
 
 require("transformers", "accelerate", what="mopl.integrations")
 
@@ -135,6 +136,25 @@ def prepare_reference(accelerator: Any, model: Any) -> Any:
 # ---------------------------------------------------------------- DeepSpeed
 
 
+def complete_zero_settings(accelerator: Any, limit: float | None) -> None:
+    """Check what DeepSpeed is told in a training; let it clip to the trainer's `limit`, where it was told of none.
+
+    By itself it would not clip then, and the trainer leaves that to it. transformers fills in "auto" only.
+    """
+    if distribution_of(accelerator) != "DEEPSPEED":
+        return
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    check_config(settings)
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise ValueError(
+            f"zero_optimization.stage in DeepSpeed's settings is {stage!r} but must be 1, 2 or 3; leave DeepSpeed out "
+            "for DDP, where each process has everything"
+        )
+    if settings.get("gradient_clipping") is None:
+        settings["gradient_clipping"] = float(limit or 0.0)
+
+
 def _check_zero(accelerator: Any, model: Any) -> None:
     """Raise for settings of ZeRO by which a process does not have the shares that other values could be put into."""
     name, plugin = type(model).__name__, accelerator.state.deepspeed_plugin
@@ -142,8 +162,8 @@ def _check_zero(accelerator: Any, model: Any) -> None:
     offloaded = (settings.get("offload_param") or {}).get("device", "none")
     refused = {
         "offload_param to nvme": offloaded == "nvme",
-        "zero_hpz_partition_size": settings.get("zero_hpz_partition_size", 1) > 1,
-        "mics_shard_size": settings.get("mics_shard_size", -1) > 0,
+        "zero_hpz_partition_size": settings.get("zero_hpz_partition_size", 1) != 1,
+        "mics_shard_size": settings.get("mics_shard_size", -1) != -1,
         "zero_quantized_weights": settings.get("zero_quantized_weights", False),
         "zero_quantized_nontrainable_weights": settings.get("zero_quantized_nontrainable_weights", False),
     }

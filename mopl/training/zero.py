@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl.training.sharded import CopiedModel, mark, run_under_autocast
-from mopl.training.zero_gradients import UsedParameters
+from mopl.training.zero_gradients import UsedParameters, clear_gradients
 
 # What these do to an element of a parameter depends on no other, so that they may have a share of several at once.
 ELEMENTWISE = ("Adadelta", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
@@ -110,7 +110,6 @@ class ZeroModel(CopiedModel):
         Raises:
             RuntimeError: If parameters that have a gradient in one process have none in another.
         """
-        self._used.begin()
         self.model.backward(loss, scale_wrt_gas=False)
 
     def clip(self, limit: float) -> float:
@@ -225,10 +224,7 @@ class _Stepper:
 
     def step(self) -> None:
         self._engine.step()
-        # Stage 3 leaves them to be written over, and would update with them again what the next step does not use.
-        before = getattr(self._engine.optimizer, "grad_partitions_flat_buffer", None)
-        if before is not None:
-            before.zero_()
+        clear_gradients(self._engine.optimizer)
 
     def zero_grad(self) -> None:
         """Do nothing: the update has cleared the gradients."""
