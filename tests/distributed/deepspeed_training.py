@@ -142,6 +142,25 @@ def refused(accelerator) -> None:
         fails(accelerator, message, used, given)
 
 
+def without_an_engine(accelerator) -> None:
+    """Where DeepSpeed cannot make its engine, model and optimizer are the caller's again, and can be trained."""
+    import deepspeed  # which the test that imports this module may lack
+
+    model, made = Branches(), deepspeed.initialize
+    before = parameters(model)
+
+    def initialize(**given):
+        raise RuntimeError(f"no engine for {type(given['model']).__name__}")
+
+    deepspeed.initialize = initialize
+    try:
+        fails(accelerator, "no engine for Branches", some_parts, model)
+    finally:
+        deepspeed.initialize = made
+    assert torch.equal(parameters(model), before) and all(p.numel() for p in model.parameters())
+    assert torch.equal(branches(accelerator, some_parts, model), branches(accelerator, some_parts))
+
+
 def fails(accelerator, message, *arguments) -> None:
     try:
         branches(accelerator, *arguments)
@@ -215,6 +234,7 @@ def main(place: Path, stages: list[str]) -> None:
             if base is not None:
                 found["branches"] = same(accelerator, branches(accelerator, some_parts))[:-5]
                 refused(accelerator)
+                without_an_engine(accelerator)
                 found["selected"] = full(accelerator, sgd=False, selection=Selection(validated, every=2, patience=1))
             if base is not None and stage == "zero3":
                 before = {name: value.clone() for name, value in base.state_dict().items()}
