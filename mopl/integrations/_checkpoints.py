@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,16 @@ class CheckedTrainer(Trainer):
         """Make the accelerator, as `Trainer` does it.
 
         Raises:
-            ValueError: If a setting of DeepSpeed's is not what it can be.
+            ValueError: If a setting of DeepSpeed's is not what it can be, or the processes of a launcher would not
+                know of one another.
             NotImplementedError: If one does not work here.
         """
+        started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
+        if started > 1 and self.args.world_size == 1 and not torch.accelerator.is_available():
+            raise ValueError(
+                f"this is one of {started} processes, but there is no GPU and use_cpu is False, so that transformers "
+                "takes each of them for the only one; pass use_cpu=True"
+            )
         super().create_accelerator_and_postprocess()
         complete_zero_settings(self.accelerator, self.args.max_grad_norm)
 
