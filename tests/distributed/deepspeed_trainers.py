@@ -1,5 +1,6 @@
 """Run by tests/integrations/test_deepspeed_trainers.py on gloo processes: the trainers' models under ZeRO-2 and -3."""
 
+import gc
 import importlib
 import os
 import sys
@@ -20,18 +21,18 @@ import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from ending import leave
+from sharded_trainers import trained
 
-from mopl._sharded import gathered, is_sharded
-from mopl.conditioning import LoraMixture, ParameterMixture, WeightedModel
+from mopl._sharded import is_sharded
+from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.integrations.transformers import MultiObjectiveConfig
-from mopl.language_models.head import FusedOutput
 
 IN_SHARDS = ", loaded in shards"  # by transformers, where the config is there before the model
 KINDS = {
     2: ("conditioned", "plain", "parameter mixture"),
     3: ("conditioned", "lora mixture", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}"),
 }
-FOUR = {2: ("lora mixture",), 3: ("lora mixture", "words")}
+FOUR = {2: ("words",), 3: ("lora mixture",)}
 SAVED = {2: ("conditioned",), 3: ("lora mixture", "words")}
 
 
@@ -78,51 +79,16 @@ def loaded_in_shards(kind: str, place: Path):
 
 
 def run(kind: str, place: Path, processes: int, stage: int) -> dict:
-    if kind.endswith(IN_SHARDS):
-        model, more = loaded_in_shards(kind, place)
-    else:
-        model, more = build(kind)
-    if kind == "conditioned":  # the first process decides, as under DDP
-        with torch.no_grad():
-            for parameter in model.hyper_prompt.parameters():
-                parameter.add_(float(os.environ["RANK"]))
-    trainer = small.make(kind, place / "runs" / f"{kind}-{stage}", processes, model=model, more=more, **options(stage))
+    built = model, _ = loaded_in_shards(kind, place) if kind.endswith(IN_SHARDS) else build(kind)
+    if kind == "conditioned":
+        sharded_trainers.differ(model)
+    trainer = sharded_trainers.make(kind, place / "runs" / f"{kind}-{stage}", processes, built, **options(stage))
     found = small.measured(trainer, kind)
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine", f"{kind} was not trained by DeepSpeed"
     assert is_sharded(model) == (stage == 3)
     other = kind in ("plain", "words", "weighted reference", "parameter mixture")
     assert (found["reference"] == "DeepSpeedEngine") == other, f"{kind}: {found['reference']}"
     return {**found, "parameters": trained(trainer)}
-
-
-def trained(trainer) -> dict:
-    own = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return {name: value.detach().clone() for name, value in gathered(own, keep=True).items()}
-
-
-def checkpoints(place: Path, kind: str, stage: int, main: bool) -> None:
-    """A training that goes on from a checkpoint has the bits of one that was never stopped; files are whole."""
-    place = place / f"zero-{stage}"
-    model, more = build(kind)
-    settings = {**sharded_trainers.ADAMW, **options(stage)}
-    one = small.make(kind, place / kind, 2, model=model, more=more, **settings)
-    one.train()
-    expected = trained(one)
-    one.save_model(str(place / f"{kind}, saved"))
-    model.save_pretrained(str(place / f"{kind}, by itself"), is_main_process=main)
-    again = build(kind)[0]
-    with torch.no_grad():  # as another start would be: all must come from the files
-        for parameter in again.parameters():
-            if parameter.requires_grad and kind == "conditioned":
-                parameter.add_(1.0)
-    torch.distributed.barrier()
-    two = small.make(kind, place / kind, 2, model=again, more=more, **settings)
-    two.train(resume_from_checkpoint=str(place / kind / "checkpoint-2"))
-    for name, value in trained(two).items():
-        assert torch.equal(value, expected[name]), f"{kind}: {name} of a resumed training differs"
-    loading(two, place / kind / "checkpoint-2", place / f"{kind}, saved", expected)
-    if main:
-        torch.save(expected, place / f"{kind}, saved.pt")
 
 
 def loading(trainer, first: Path, last: Path, expected: dict) -> None:
@@ -139,40 +105,9 @@ def loading(trainer, first: Path, last: Path, expected: dict) -> None:
             assert torch.equal(copy.view_as(expected[name]), expected[name]), name
 
 
-def precision(place: Path, kind: str, stage: int) -> None:
-    """In 16 bit, weights and log-probabilities keep theirs."""
-    model, more = build(kind)
-    seen = {"weights": [], "log_probs": [], "reference": []}
-    filled, unless_fixed = FusedOutput.filled, WeightedModel._unless_fixed
-
-    def spy(self, **given):
-        seen["weights"] += [given["weights"]] if given.get("weights") is not None else []
-        return unless_fixed(self, **given)
-
-    def note(parts, output):
-        seen["log_probs"].append(parts["log_probs"])
-        return filled(parts, output)
-
-    WeightedModel._unless_fixed, FusedOutput.filled = spy, staticmethod(note)
-    try:
-        trainer = small.make(kind, place / "bf16", 2, model=model, more=more, bf16=True, max_steps=1, **options(stage))
-        reference = trainer._reference
-        trainer._reference = lambda *given: seen["reference"].append(reference(*given)) or seen["reference"][-1]
-        trainer.train()
-    finally:
-        WeightedModel._unless_fixed, FusedOutput.filled = unless_fixed, filled
-    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-    assert seen["log_probs"] and seen["reference"] and bool(seen["weights"]) == isinstance(model, WeightedModel)
-    assert all(value.dtype == torch.float32 for values in seen.values() for value in values), kind
-    for name in ("log_probs", "reference"):
-        assert all((value != value.bfloat16()).any() for value in seen[name]), f"{kind}: {name} are rounded"
-    assert all(torch.allclose(w.sum(-1), torch.ones(()), atol=1e-6) for w in seen["weights"])
-
-
 def evaluated_first(place: Path) -> None:
     """An engine that was made for an evaluation cannot train."""
-    model, more = build("conditioned")
-    trainer = small.make("conditioned", place / "first", 2, model=model, more=more, **options(3))
+    trainer = sharded_trainers.make("conditioned", place / "first", 2, build("conditioned"), **options(3))
     assert trainer.evaluate()["eval_loss"] > 0
     try:
         trainer.train()
@@ -199,8 +134,9 @@ def rollouts(place: Path) -> None:
             model = make()
             start = {name: p.detach().clone() for name, p in model.named_parameters()}
             one = grpo_cases.trainer(
-                place / "grpo", model, optim="sgd", eval_dataset=grpo_cases.DATA, **sizes, **more, **own
-            )
+                place / "grpo", model, optim="sgd", eval_dataset=grpo_cases.DATA, eval_weights=[[0.2, 0.8]], **sizes,
+                **more, **own,
+            )  # fmt: skip
             one.train()
             assert type(one.model_wrapped).__name__ == ("DeepSpeedEngine" if own else "DistributedDataParallel")
             found.append((grpo_cases.trained(one), {n: v for n, v in one.evaluate().items() if "@" in n}))
@@ -215,6 +151,7 @@ def main(place: Path, processes: int, stage: int) -> None:
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     torch.set_num_threads(1)
+    gc.freeze()
     first = os.environ["RANK"] == "0"
     for kind in (KINDS if processes == 2 else FOUR)[stage]:
         found = run(kind, place, processes, stage)
@@ -224,8 +161,12 @@ def main(place: Path, processes: int, stage: int) -> None:
         if stage == 3:
             evaluated_first(place)
         for kind in SAVED[stage]:
-            checkpoints(place, kind, stage, first)
-        precision(place, "conditioned" if stage == 3 else "plain", stage)
+            here = place / f"zero-{stage}"
+            one, two, expected = sharded_trainers.checkpoints(here, kind, build, first, **options(stage))
+            one.model.save_pretrained(str(here / f"{kind}, by itself"), is_main_process=first)
+            loading(two, here / kind / "checkpoint-1", here / f"{kind}, saved", expected)
+        model = sharded_trainers.precision(place, "conditioned" if stage == 3 else "plain", build, **options(stage))
+        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
         if stage == 2:
             rollouts(place)
     if first:
