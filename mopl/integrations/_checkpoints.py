@@ -47,7 +47,7 @@ class CheckedTrainer(Trainer):
                 "takes each of them for the only one; pass use_cpu=True"
             )
         super().create_accelerator_and_postprocess()
-        complete_zero_settings(self.accelerator, self.args.max_grad_norm)
+        complete_zero_settings(self.accelerator, self.args)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `Trainer` does it.

@@ -136,10 +136,11 @@ def prepare_reference(accelerator: Any, model: Any) -> Any:
 # ---------------------------------------------------------------- DeepSpeed
 
 
-def complete_zero_settings(accelerator: Any, limit: float | None) -> None:
-    """Check what DeepSpeed is told in a training; let it clip to the trainer's `limit`, where it was told of none.
+def complete_zero_settings(accelerator: Any, args: Any) -> None:
+    """Check what DeepSpeed is told in a training, and tell it what it was not told of the trainer's arguments.
 
-    By itself it would not clip then, and the trainer leaves that to it. transformers fills in "auto" only.
+    transformers fills in "auto" alone. Without a number to clip at DeepSpeed would not clip, which the trainer leaves
+    to it; without the size of a batch it ends in an AssertionError.
     """
     if distribution_of(accelerator) != "DEEPSPEED":
         return
@@ -152,7 +153,9 @@ def complete_zero_settings(accelerator: Any, limit: float | None) -> None:
             "for DDP, where each process has everything"
         )
     if settings.get("gradient_clipping") is None:
-        settings["gradient_clipping"] = float(limit or 0.0)
+        settings["gradient_clipping"] = float(args.max_grad_norm or 0.0)
+    if settings.get("train_batch_size") is None and settings.get("train_micro_batch_size_per_gpu") is None:
+        settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
 
 
 def _check_zero(accelerator: Any, model: Any) -> None:

@@ -211,6 +211,8 @@ class ZeroModel(CopiedModel):
     def _let_go(self) -> None:
         with _quiet():
             self.model.destroy()
+        if self._stage == 3:
+            _free(self._copy, self.model.optimizer)
         nn.functional.linear = self._linear
         self._shares.clear()
         self._used.clear()
@@ -311,6 +313,14 @@ class _Shares:
         self._start.clear()
 
 
+def _free(model: nn.Module, zero: Any) -> None:
+    """Free the memory of stage 3's shares, because caches of DeepSpeed's own keep an engine that it has destroyed."""
+    held = [parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
+    held += [*zero.fp16_partitioned_groups_flat, *zero.fp32_partitioned_groups_flat, zero.grad_partitions_flat_buffer]
+    for tensor in held:
+        tensor.untyped_storage().resize_(0)
+
+
 def is_engine(model: nn.Module) -> bool:
     """Return whether a model is the engine around a copy, `ZeroModel.model`."""
     return model.__dict__.get(_ENGINE, False)
@@ -322,7 +332,8 @@ def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer,
         if stage == 3 and not getattr(module, "SHARDS", True):
             raise NotImplementedError(
                 f"a {type(module).__name__} reads the parameters of layers before they run, and ZeRO-3 has none whole "
-                "then; pass `--zero_stage 2`, train with FSDP2 (`--use_fsdp --fsdp_version 2`), or take a LoraMixture"
+                "then; pass `--zero_stage 2`, train with FSDP2 (`--use_fsdp --fsdp_version 2`), or take a LoraMixture "
+                "(`mopl clp --scope lora-mixture`)"
             )
     name = type(optimizer).__name__
     if name not in ELEMENTWISE or getattr(torch.optim, name) is not type(optimizer):

@@ -1,4 +1,4 @@
-"""Run by tests/integrations/test_deepspeed_trainers.py on gloo processes: the trainers' models under ZeRO-2 and -3."""
+"""Run by tests/integrations/test_deepspeed_trainers.py on gloo processes: the trainers' models under ZeRO."""
 
 import gc
 import importlib
@@ -23,16 +23,20 @@ from accelerate.utils import DistributedType
 from ending import leave
 from sharded_trainers import trained
 
-from mopl._sharded import is_sharded
+from mopl._sharded import gathered, is_sharded
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.integrations.transformers import MultiObjectiveConfig
+from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 
 IN_SHARDS = ", loaded in shards"  # by transformers, where the config is there before the model
+CLIPPED, DPO, BEST = ", clipped", ", in the trainer for pairs", ", the best of two"
 KINDS = {
-    2: ("conditioned", "plain", "parameter mixture"),
-    3: ("conditioned", "lora mixture", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}"),
-}
-FOUR = {2: ("words",), 3: ("lora mixture",)}
+    1: (f"conditioned{CLIPPED}",),
+    2: ("conditioned", f"plain{DPO}", "parameter mixture"),
+    3: ("conditioned", "lora mixture", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}",
+        f"conditioned{BEST}"),
+}  # fmt: skip
+FOUR = {1: (), 2: ("words",), 3: ("lora mixture",)}
 SAVED = {2: ("conditioned",), 3: ("lora mixture", "words")}
 
 
@@ -43,12 +47,14 @@ def config(stage: int, **more) -> dict:
 
 
 def options(stage: int, **more) -> dict:
+    if stage == 1:  # nothing is told that can be left out
+        return {"deepspeed": {"zero_optimization": {"stage": 1}}, "use_cpu": False, **more}
     return {"deepspeed": config(stage), "use_cpu": False, **more}
 
 
 def build(kind: str):
     """Return a model, and further arguments of its trainer."""
-    kind = kind.removesuffix(IN_SHARDS)
+    kind = kind.partition(", ")[0]
     if kind == "weighted reference":
         return small.build("conditioned"), {"ref_model": small.build("lora mixture")}
     if kind == "copied head":  # of which each adapter has one, beside what it adds by DoRA
@@ -58,6 +64,46 @@ def build(kind: str):
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
         return LoraMixture(small.build("plain"), 2, config=lora), {}
     return sharded_trainers.build(kind)
+
+
+def make(kind: str, folder: Path, processes: int, built, **options):
+    """Return a trainer of a kind."""
+    if kind.endswith(CLIPPED):
+        options["max_grad_norm"] = 0.05
+    if kind.endswith(DPO):
+        options |= {"classes": (MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer), "bf16": False}
+    if not kind.endswith(BEST):
+        return sharded_trainers.make(kind, folder, processes, built, **options)
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.5}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    more = {**built[1], "callbacks": [Answers()]}
+    return sharded_trainers.make(kind, folder, processes, (built[0], more), **every, **best, **options)
+
+
+class Answers(transformers.TrainerCallback):
+    """Generates after each step, as every process must under ZeRO-3."""
+
+    def __init__(self) -> None:
+        self.found: list[list[list[int]]] = []
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        tokens = torch.tensor([[5, 6, 7]])
+        model.eval()
+        given = {"attention_mask": torch.ones_like(tokens), "weights": torch.tensor([[0.3, 0.7]])}
+        self.found.append(model.generate(input_ids=tokens, max_new_tokens=2, do_sample=False, **given).tolist())
+        model.train()
+
+
+def measured(trainer, kind: str) -> dict:
+    """Train; return what `multi_objective_trainer` measures, and what was evaluated and answered on the way."""
+    found = small.measured(trainer, kind.partition(", ")[0])
+    for step, entry in enumerate(e for e in trainer.state.log_history[:-1] if "eval_loss" in e):
+        found["metrics"][f"eval_loss in step {step}"] = entry["eval_loss"]
+    if kind.endswith(BEST):
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-1"), "the one that is not the last"
+        (answers,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Answers))
+        found["metrics"] |= {f"token {n}": t for n, t in enumerate(torch.tensor(answers.found).flatten().tolist())}
+    return found
 
 
 def loaded_in_shards(kind: str, place: Path):
@@ -82,11 +128,11 @@ def run(kind: str, place: Path, processes: int, stage: int) -> dict:
     built = model, _ = loaded_in_shards(kind, place) if kind.endswith(IN_SHARDS) else build(kind)
     if kind == "conditioned":
         sharded_trainers.differ(model)
-    trainer = sharded_trainers.make(kind, place / "runs" / f"{kind}-{stage}", processes, built, **options(stage))
-    found = small.measured(trainer, kind)
+    trainer = make(kind, place / "runs" / f"{kind}-{stage}", processes, built, **options(stage))
+    found = measured(trainer, kind)
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine", f"{kind} was not trained by DeepSpeed"
     assert is_sharded(model) == (stage == 3)
-    other = kind in ("plain", "words", "weighted reference", "parameter mixture")
+    other = kind.partition(", ")[0] in ("plain", "words", "weighted reference", "parameter mixture")
     assert (found["reference"] == "DeepSpeedEngine") == other, f"{kind}: {found['reference']}"
     return {**found, "parameters": trained(trainer)}
 
@@ -115,6 +161,44 @@ def evaluated_first(place: Path) -> None:
         assert "pass eval_on_start=True" in str(error)
     else:
         raise AssertionError("a training without an optimizer")
+
+
+def left_out(place: Path, stage: int) -> None:
+    """A layer without a gradient is neither updated with an old one, nor with that of another layer."""
+    first = os.environ["RANK"] == "0"
+    cases = (  # in which steps the loss depends on it, and what is said of that
+        (
+            lambda step: step == 0,
+            "does not depend on 1 trained parameter, model.extra.weight, which DeepSpeed would up",
+        ),
+        (lambda step: first, "model.extra.weight has a gradient in 1 of 2 processes"),
+        (lambda step: False, None),
+    )
+    for used, message in cases:
+        trainer = with_another_layer(used, place / "left out", stage)
+        layer = {"weight": trainer.model.model.extra.weight}
+        before = gathered(layer, keep=True)["weight"].clone()
+        try:
+            trainer.train()
+            found = None
+        except RuntimeError as error:
+            found = str(error)
+        assert (message in found) if message else found is None, found
+        assert message or torch.equal(gathered(layer, keep=True)["weight"], before)
+        assert "step" not in trainer.deepspeed.__dict__, "the engine is as it was"
+
+
+def with_another_layer(used, folder: Path, stage: int):
+    """Return a trainer of a model with a layer that is `used(step)`."""
+    model = small.build("plain")
+    extra = model.model.extra = torch.nn.Linear(32, 32, bias=False)
+    trainer = sharded_trainers.make("plain", folder, 2, (model, {}), **options(stage))
+
+    def add(_, __, output):
+        return output + extra(output) if used(trainer.state.global_step) else output
+
+    model.model.embed_tokens.register_forward_hook(add)
+    return trainer
 
 
 def rollouts(place: Path) -> None:
@@ -160,6 +244,10 @@ def main(place: Path, processes: int, stage: int) -> None:
     if processes == 2:
         if stage == 3:
             evaluated_first(place)
+            left_out(place, stage)
+        if stage == 1:
+            left_out(place, stage)
+            return
         for kind in SAVED[stage]:
             here = place / f"zero-{stage}"
             one, two, expected = sharded_trainers.checkpoints(here, kind, build, first, **options(stage))

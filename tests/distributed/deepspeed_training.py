@@ -29,6 +29,7 @@ from mopl.training.selection import Selection
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"
 KINDS = ("zero2", "zero3", "fsdp2", "ddp")
+HELD: list[torch.UntypedStorage] = []  # by shares of the last training with `is_cut`
 
 # Other numbers of processes divide the same batch by another accumulation.
 training_loop._FREE_SETTINGS = (*training_loop._FREE_SETTINGS, "accumulation")
@@ -174,6 +175,8 @@ def is_cut(model) -> None:
     """Check what a loss is given under stage 3, and that the whole model is there to generate with."""
     assert type(model).__name__ == "DeepSpeedEngine"
     assert all(p.numel() == 0 for p in model.parameters()), "frozen parameters too"
+    parts = (*model.optimizer.fp32_partitioned_groups_flat, *(p.ds_tensor for p in model.parameters()))
+    HELD[:] = [part.untyped_storage() for part in parts]
     with whole_model(model) as whole:
         assert all(p.numel() for p in whole.parameters())
 
@@ -229,6 +232,8 @@ def main(place: Path, stages: list[str]) -> None:
             here.mkdir(exist_ok=True)
             log = RunLog(here, enabled=accelerator.is_main_process)
             found = {"sgd": same(accelerator, full(accelerator, log=log, check=is_cut if stage == "zero3" else None))}
+            assert bool(HELD) == (stage == "zero3")
+            assert not any(part.nbytes() for part in HELD), "shares are freed"
             found["adamw"] = same(accelerator, full(accelerator, sgd=False, directory=here / "whole"))
             full(accelerator, sgd=False, poison=2, directory=here / "diverged")
             if base is not None:
