@@ -122,6 +122,27 @@ def test_ddp_and_one_process_are_not_sharded(monkeypatch):
     assert fsdp_plugin(types.SimpleNamespace(distributed_type="NO", num_processes=1)) is None
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_processes_of_a_launcher_know_of_one_another_where_there_is_no_gpu(monkeypatch, gpu):
+    """accelerate itself takes each for the only one there unless it is told to use CPUs."""
+    made = []
+
+    def accelerator(**given):
+        made.append(given["cpu"])
+        return types.SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2)
+
+    monkeypatch.setattr(accelerate, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    make_accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    make_accelerator()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    make_accelerator()
+    assert made == [False, False, not gpu]
+
+
 def test_a_copy_of_a_mixture_of_adapters_is_conditioned_by_itself(tmp_path):
     """What is sharded is a copy of the model."""
     torch.manual_seed(0)
