@@ -315,10 +315,11 @@ class _Shares:
 
 def _free(model: nn.Module, zero: Any) -> None:
     """Free the memory of stage 3's shares, because caches of DeepSpeed's own keep an engine that it has destroyed."""
-    held = [parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
+    held: list[Any] = [getattr(parameter, "ds_tensor", None) for parameter in model.parameters()]
     held += [*zero.fp16_partitioned_groups_flat, *zero.fp32_partitioned_groups_flat, zero.grad_partitions_flat_buffer]
     for tensor in held:
-        tensor.untyped_storage().resize_(0)
+        if tensor is not None:
+            tensor.untyped_storage().resize_(0)
 
 
 def is_engine(model: nn.Module) -> bool:
