@@ -166,14 +166,15 @@ def evaluated_first(place: Path) -> None:
 def left_out(place: Path, stage: int) -> None:
     """A layer without a gradient is neither updated with an old one, nor with that of another layer."""
     first = os.environ["RANK"] == "0"
-    cases = (  # in which steps the loss depends on it, and what is said of that
+    cases = [  # in which steps the loss depends on it, and what is said of that
         (
             lambda step: step == 0,
             "does not depend on 1 trained parameter, model.extra.weight, which DeepSpeed would up",
         ),
-        (lambda step: first, "model.extra.weight has a gradient in 1 of 2 processes"),
         (lambda step: False, None),
-    )
+    ]
+    if stage < 3:  # which gathers it in the forward pass, where the other process would not come
+        cases.append((lambda step: first, "model.extra.weight has a gradient in 1 of 2 processes"))
     for used, message in cases:
         trainer = with_another_layer(used, place / "left out", stage)
         layer = {"weight": trainer.model.model.extra.weight}
@@ -184,7 +185,8 @@ def left_out(place: Path, stage: int) -> None:
         except RuntimeError as error:
             found = str(error)
         assert (message in found) if message else found is None, found
-        assert message or torch.equal(gathered(layer, keep=True)["weight"], before)
+        after = gathered(layer, keep=True)["weight"]  # of which the error may have left a part on its way
+        assert message or torch.equal(after, before)
         assert "step" not in trainer.deepspeed.__dict__, "the engine is as it was"
 
 
