@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed_site import launch_environment
+from deepspeed_site import launch_environment, settings_of
 from launching import DISTRIBUTED, launch
 
 pytest.importorskip("transformers")
@@ -24,13 +24,6 @@ from mopl.training.zero_settings import check_config, zero_settings
 from tests.alignment.test_training import write_model
 
 ASKED = {"ACCELERATE_USE_DEEPSPEED": "true"}
-
-
-def settings_of(place: Path, stage: int) -> Path:
-    """Write DeepSpeed's settings, under which even the smallest parameters are cut."""
-    file = place / f"zero{stage}.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
-    return file
 
 
 def train_on(processes: int, place: Path) -> None:
