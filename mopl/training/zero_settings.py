@@ -23,7 +23,7 @@ _BLOCKS = (*_ZERO_BLOCKS, "fp16", "bf16", "optimizer", "optimizer.params", "sche
 _MAY_BE_NULL = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 _EXAMPLES = {
     "": '{"zero_optimization": {"stage": 3}}', "zero_optimization": '{"stage": 3}',
-    "zero_optimization.offload_optimizer": '{"device": "none"}', "zero_optimization.offload_param": '{"device": "none"}',
+    **dict.fromkeys(("zero_optimization.offload_optimizer", "zero_optimization.offload_param"), '{"device": "none"}'),
     "fp16": '{"enabled": false}', "bf16": '{"enabled": "auto"}',
 }  # fmt: skip
 
