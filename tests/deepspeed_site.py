@@ -9,8 +9,11 @@ folder that MOPL_DEEPSPEED_SITE names:
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -37,8 +40,24 @@ def launch_environment() -> dict[str, str]:
     return {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
 
 
+def settings_of(place: Path, stage: int) -> Path:
+    """Write DeepSpeed's settings, under which even the smallest parameters are cut."""
+    file = place / f"zero{stage}.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
+    return file
+
+
 def without_compiled_ops() -> None:
-    """Let DeepSpeed compile nothing: its collectives on shared memory would take minutes first, and gloo serves."""
+    """Let DeepSpeed compile nothing: its collectives on shared memory would take minutes first, and gloo serves.
+
+    Nor does it import what only its autotuner uses, or mark the ranges of a profiler; and what it has imported is no
+    garbage, which it looks for wherever it makes an engine.
+    """
+    sys.modules.setdefault("xgboost", None)
     import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # which it imports with the first engine, and torch's compiler
+    import deepspeed.utils.nvtx
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.nvtx.enable_nvtx = False
+    gc.freeze()

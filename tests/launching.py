@@ -25,7 +25,9 @@ from pathlib import Path
 DISTRIBUTED = Path(__file__).parent / "distributed"
 LIMIT = 300.0  # seconds; a hang is a failure
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "transformers.modeling_utils", "accelerate", "peft"])
+CONTEXT.set_forkserver_preload([
+    "torch.distributed.tensor", "torch._inductor.compile_fx", "transformers.modeling_utils", "accelerate", "peft",
+])  # fmt: skip
 
 
 def _become(arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> None:

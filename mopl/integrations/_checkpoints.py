@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,41 @@ from mopl._files import write_file
 from mopl._sharded import is_sharded
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.conditioning.weighted import WeightedModel
+from mopl.integrations._sharding import complete_zero_settings
 from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
+from mopl.training.zero_gradients import CheckedSteps
 
 
 class CheckedTrainer(Trainer):
-    """A `Trainer` that does not run a training of nothing."""
+    """A `Trainer` that does not run a training of nothing, and checks what DeepSpeed is told and what it updates."""
 
     model: Any
+    deepspeed: Any  # the engine
+    _steps: CheckedSteps | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, as `Trainer` does it.
+
+        Raises:
+            ValueError: If a setting of DeepSpeed's is not what it can be, or the processes of a launcher would not
+                know of one another.
+            NotImplementedError: If one does not work here.
+        """
+        started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
+        if started > 1 and self.args.world_size == 1 and not torch.accelerator.is_available():
+            raise ValueError(
+                f"this is one of {started} processes, but there is no GPU and use_cpu is False, so that transformers "
+                "takes each of them for the only one; pass use_cpu=True"
+            )
+        super().create_accelerator_and_postprocess()
+        complete_zero_settings(self.accelerator, self.args)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `Trainer` does it.
 
         Raises:
             ValueError: If no parameter of the model is trained, or DeepSpeed has prepared it for evaluation alone.
+            RuntimeError: If DeepSpeed would update what the loss of a step, or of a process, does not depend on.
         """
         engine = getattr(self, "deepspeed", None)
         if engine is not None and not hasattr(engine.optimizer, "step"):
@@ -44,7 +67,22 @@ class CheckedTrainer(Trainer):
                 "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
                 "is_trainable=True (PEFT freezes them otherwise), or call model.requires_grad_(True)"
             )
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._check_steps_of(None)
+
+    def _check_steps_of(self, engine: Any) -> None:
+        if self._steps is not None and self._steps.engine is not engine:
+            self._steps.clear()
+            self._steps = None
+        if engine is not None and self._steps is None:
+            self._steps = CheckedSteps(engine, self.accelerator)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Add to the gradients, as `Trainer` does it; under DeepSpeed the last part of a step updates with them."""
+        self._check_steps_of(getattr(self, "deepspeed", None))
+        return super().training_step(*args, **kwargs)
 
 
 class WeightedCheckpoints(CheckedTrainer):
@@ -53,7 +91,6 @@ class WeightedCheckpoints(CheckedTrainer):
     An engine of DeepSpeed writes and reads its own beside them: what is trained, in float32, and the optimizer's state.
     """
 
-    deepspeed: Any  # the engine
     model_wrapped: Any
     own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
     reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed

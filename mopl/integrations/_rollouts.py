@@ -19,6 +19,7 @@ from mopl.conditioning.samplers import Sampler, dirichlet_weights, fixed
 from mopl.conditioning.sampling import check_weights
 from mopl.integrations._settings import with_help
 from mopl.language_models.adapter_reference import OwnReference
+from mopl.training.zero_settings import check_config
 
 FILE = "rollouts.pt"  # in a checkpoint; "rollouts_1.pt", ... of further processes
 
@@ -72,6 +73,7 @@ class RolloutArguments:
                 "objective_weights are fixed, so none are drawn; leave concentration and weights_per out, or "
                 "objective_weights"
             )
+        check_config(getattr(self, "deepspeed", None))
         other = getattr(super(), "__post_init__", None)  # of the arguments of TRL, which come after this class
         if other is not None:
             other()

@@ -23,6 +23,7 @@ from mopl.conditioning.saved_models import base_of_adapter
 from mopl.integrations._head_losses import HEAD_LOSSES
 from mopl.integrations._settings import with_help
 from mopl.rewards.writing import LENGTH, RECORD, SequenceWriter, longest_input
+from mopl.training.zero_settings import check_config
 
 
 @with_help
@@ -82,6 +83,7 @@ class RewardListConfig(TrainingArguments):
         coefficient = self.center_rewards_coefficient
         if coefficient is not None and not coefficient >= 0:
             raise ValueError(f"center_rewards_coefficient is {coefficient} but must not be negative")
+        check_config(self.deepspeed)
         super().__post_init__()
 
 

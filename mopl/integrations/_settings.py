@@ -18,6 +18,7 @@ from mopl._renamed import deprecated
 from mopl.conditioning.sampling import check_weights, sample_betas, sample_weights
 from mopl.language_models.scoring import Conditions
 from mopl.pareto.grid import weight_grid
+from mopl.training.zero_settings import check_config
 
 LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
 SCALARIZATIONS = ("linear", "chebyshev", "smooth_chebyshev")
@@ -116,6 +117,7 @@ class ObjectiveArguments:
             self.concentration, self.weights_alpha = self.weights_alpha, None
         if not self.concentration > 0:
             raise ValueError(f"concentration is {self.concentration} but must be positive")
+        check_config(getattr(self, "deepspeed", None))
         # The arguments of transformers and of TRL come after this class in the order of inheritance.
         other = getattr(super(), "__post_init__", None)
         if other is not None:

@@ -18,6 +18,7 @@ from mopl._sharded import is_sharded
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.training.parallel import distribution_of
 from mopl.training.sharded import broadcast_parameters
+from mopl.training.zero_settings import check_config
 
 require("transformers", "accelerate", what="mopl.integrations")
 
@@ -135,6 +136,28 @@ def prepare_reference(accelerator: Any, model: Any) -> Any:
 # ---------------------------------------------------------------- DeepSpeed
 
 
+def complete_zero_settings(accelerator: Any, args: Any) -> None:
+    """Check what DeepSpeed is told in a training, and tell it what it was not told of the trainer's arguments.
+
+    transformers fills in "auto" alone. Without a number to clip at DeepSpeed would not clip, which the trainer leaves
+    to it; without the size of a batch it ends in an AssertionError.
+    """
+    if distribution_of(accelerator) != "DEEPSPEED":
+        return
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    check_config(settings)
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise ValueError(
+            f"zero_optimization.stage in DeepSpeed's settings is {stage!r} but must be 1, 2 or 3; leave DeepSpeed out "
+            "for DDP, where each process has everything"
+        )
+    if settings.get("gradient_clipping") is None:
+        settings["gradient_clipping"] = float(args.max_grad_norm or 0.0)
+    if settings.get("train_batch_size") is None and settings.get("train_micro_batch_size_per_gpu") is None:
+        settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+
+
 def _check_zero(accelerator: Any, model: Any) -> None:
     """Raise for settings of ZeRO by which a process does not have the shares that other values could be put into."""
     name, plugin = type(model).__name__, accelerator.state.deepspeed_plugin
@@ -142,8 +165,8 @@ def _check_zero(accelerator: Any, model: Any) -> None:
     offloaded = (settings.get("offload_param") or {}).get("device", "none")
     refused = {
         "offload_param to nvme": offloaded == "nvme",
-        "zero_hpz_partition_size": settings.get("zero_hpz_partition_size", 1) > 1,
-        "mics_shard_size": settings.get("mics_shard_size", -1) > 0,
+        "zero_hpz_partition_size": settings.get("zero_hpz_partition_size", 1) != 1,
+        "mics_shard_size": settings.get("mics_shard_size", -1) != -1,
         "zero_quantized_weights": settings.get("zero_quantized_weights", False),
         "zero_quantized_nontrainable_weights": settings.get("zero_quantized_nontrainable_weights", False),
     }

@@ -133,8 +133,12 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
     if _fsdp_was_asked_for():
         # By default accelerate's launcher lets all processes but one load empty parameters.
         disable_fsdp_ram_efficient_loading()
+    # By itself it would take each process of several for the only one where there is no GPU.
+    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1 or "LOCAL_RANK" not in os.environ
     with hidden_from_accelerate():
-        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision, cpu=cpu or not (alone or torch.accelerator.is_available())
+        )
     sharded = fsdp_plugin(accelerator) is not None or zero_settings(accelerator) is not None
     if sharded and not sharding:
         raise NotImplementedError(

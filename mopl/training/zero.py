@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl.training.sharded import CopiedModel, mark, run_under_autocast
-from mopl.training.zero_gradients import UsedParameters
+from mopl.training.zero_gradients import UsedParameters, clear_gradients
 
 # What these do to an element of a parameter depends on no other, so that they may have a share of several at once.
 ELEMENTWISE = ("Adadelta", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
@@ -110,7 +110,6 @@ class ZeroModel(CopiedModel):
         Raises:
             RuntimeError: If parameters that have a gradient in one process have none in another.
         """
-        self._used.begin()
         self.model.backward(loss, scale_wrt_gas=False)
 
     def clip(self, limit: float) -> float:
@@ -212,6 +211,8 @@ class ZeroModel(CopiedModel):
     def _let_go(self) -> None:
         with _quiet():
             self.model.destroy()
+        if self._stage == 3:
+            _free(self._copy, self.model.optimizer)
         nn.functional.linear = self._linear
         self._shares.clear()
         self._used.clear()
@@ -225,10 +226,7 @@ class _Stepper:
 
     def step(self) -> None:
         self._engine.step()
-        # Stage 3 leaves them to be written over, and would update with them again what the next step does not use.
-        before = getattr(self._engine.optimizer, "grad_partitions_flat_buffer", None)
-        if before is not None:
-            before.zero_()
+        clear_gradients(self._engine.optimizer)
 
     def zero_grad(self) -> None:
         """Do nothing: the update has cleared the gradients."""
@@ -315,6 +313,15 @@ class _Shares:
         self._start.clear()
 
 
+def _free(model: nn.Module, zero: Any) -> None:
+    """Free the memory of stage 3's shares, because caches of DeepSpeed's own keep an engine that it has destroyed."""
+    held: list[Any] = [getattr(parameter, "ds_tensor", None) for parameter in model.parameters()]
+    held += [*zero.fp16_partitioned_groups_flat, *zero.fp32_partitioned_groups_flat, zero.grad_partitions_flat_buffer]
+    for tensor in held:
+        if tensor is not None:
+            tensor.untyped_storage().resize_(0)
+
+
 def is_engine(model: nn.Module) -> bool:
     """Return whether a model is the engine around a copy, `ZeroModel.model`."""
     return model.__dict__.get(_ENGINE, False)
@@ -326,7 +333,8 @@ def _check(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer,
         if stage == 3 and not getattr(module, "SHARDS", True):
             raise NotImplementedError(
                 f"a {type(module).__name__} reads the parameters of layers before they run, and ZeRO-3 has none whole "
-                "then; pass `--zero_stage 2`, train with FSDP2 (`--use_fsdp --fsdp_version 2`), or take a LoraMixture"
+                "then; pass `--zero_stage 2`, train with FSDP2 (`--use_fsdp --fsdp_version 2`), or take a LoraMixture "
+                "(`mopl clp --scope lora-mixture`)"
             )
     name = type(optimizer).__name__
     if name not in ELEMENTWISE or getattr(torch.optim, name) is not type(optimizer):

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mopl._extras import require
 
-_ASKED = "ACCELERATE_USE_DEEPSPEED"
+_ASKED, _FILE = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+
+# What accelerate reads settings in, each after what it is in; and what transformers reads besides.
+_ZERO_BLOCKS = ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+_BLOCKS = (*_ZERO_BLOCKS, "fp16", "bf16", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
+_MAY_BE_NULL = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+_EXAMPLES = {
+    "": '{"zero_optimization": {"stage": 3}}', "zero_optimization": '{"stage": 3}',
+    **dict.fromkeys(("zero_optimization.offload_optimizer", "zero_optimization.offload_param"), '{"device": "none"}'),
+    "fp16": '{"enabled": false}', "bf16": '{"enabled": "auto"}',
+}  # fmt: skip
 
 # How ZeRO divides memory, messages and time; none of these changes what is computed.
 _FREE_ZERO = (
@@ -67,11 +79,49 @@ def hidden_from_accelerate() -> Iterator[None]:
             os.environ[_ASKED] = before
 
 
+def check_config(given: Any = None, *, trainer: bool = True) -> None:
+    """Raise where DeepSpeed's config has another form than accelerate and transformers take for granted.
+
+    Args:
+        given: A dictionary or the path of a file; by default the file that accelerate's launcher was told. What is
+            neither is left to accelerate.
+        trainer: Whether transformers will read it, too.
+
+    Raises:
+        ValueError: If the file is no JSON, or a setting is not what it must be.
+    """
+    if given is None and deepspeed_was_asked_for():
+        given = os.environ.get(_FILE, "none")
+    if isinstance(given, str | os.PathLike):
+        if not Path(given).is_file():
+            return
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"DeepSpeed's settings in {given} are no JSON: {error}") from error
+    elif not isinstance(given, dict):
+        return
+    for name in ("", *(_BLOCKS if trainer else _ZERO_BLOCKS)):
+        block = given
+        for part in name.split(".") if name else ():
+            block = block.get(part, {})
+        if not isinstance(block, dict) and not (block is None and name in _MAY_BE_NULL):
+            example = f", such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
+            what = f"{name} in DeepSpeed's settings is" if name else "the whole of DeepSpeed's settings is"
+            raise ValueError(f"{what} {block!r} but must be an object of settings{example}")
+    if "zero_optimization" not in given:
+        raise ValueError(
+            "zero_optimization is missing in DeepSpeed's settings, and its stage says what the processes share out; "
+            'add "zero_optimization": {"stage": 3}'
+        )
+
+
 def zero_settings(accelerator: Any) -> dict[str, Any] | None:
     """Return DeepSpeed's config for a training, or None where it was not asked for or there is one process.
 
     Raises:
         ImportError: If DeepSpeed is not installed.
+        ValueError: If the settings have another form than DeepSpeed's.
         NotImplementedError: If a setting does not work here; the message names it and what does.
     """
     if not deepspeed_was_asked_for() or accelerator.num_processes == 1:
@@ -79,6 +129,7 @@ def zero_settings(accelerator: Any) -> dict[str, Any] | None:
     require("accelerate", "deepspeed", what="`accelerate launch --use_deepspeed`")
     from accelerate import DeepSpeedPlugin
 
+    check_config(trainer=False)
     with _launcher_default():
         plugin = DeepSpeedPlugin()
     given = copy.deepcopy(plugin.deepspeed_config)
@@ -124,7 +175,7 @@ def _check(given: dict[str, Any], zero: dict[str, Any]) -> None:
             _refuse(name, value)
     for name, value in zero.items():
         if name == "stage":
-            fine = value in (2, 3)
+            fine = type(value) is int and value in (2, 3)
         elif name in ("offload_optimizer", "offload_param"):
             fine = value is None or (isinstance(value, dict) and value.get("device", "none") in (None, "none", "auto"))
         else:

@@ -41,22 +41,41 @@ BUDGET = (
 ).split()
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_sharded_policies_train_what_one_process_trains_and_each_resumes_the_other(tmp_path):
-    from sharded_rollouts import COMPARED, fit
+def train_what_one_process_trains(place, scopes, **environment):
+    """Compare what one process trains with what two do in one launch, and let one go on with what they left."""
+    from sharded_rollouts import fit, quiet, student
 
     accelerator, one = make_accelerator(cpu=True), {}
-    for scope in COMPARED:
-        one[scope] = fit(scope, accelerator, tmp_path / "one" / scope)
-        fit(scope, accelerator, tmp_path / scope / "of-one", stop=1)
-    done = launch(2, SCRIPT, str(tmp_path), **SHARDED)
+    for scope in scopes:
+        one[scope] = fit(scope, accelerator, place / "alone" / scope)
+        fit(scope, accelerator, place / scope / "of-one", stop=1)
+    for seed, name in enumerate(("model", "one", "other")):
+        write_model(place, seed=seed, name=name)
+    write_data(place / "data.jsonl", count=12)
+    done = launch(2, SCRIPT, str(place), **environment)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     assert "one process was stopped by its guard" in done.stdout
-    for scope in COMPARED:
-        torch.testing.assert_close(torch.load(tmp_path / f"{scope}-2.pt"), one[scope], rtol=0, atol=1e-6)
-        resumed = fit(scope, accelerator, tmp_path / scope / "stopped", resume=True)
+    for scope in scopes:
+        torch.testing.assert_close(torch.load(place / f"{scope}-2.pt"), one[scope], rtol=0, atol=1e-6)
+        resumed = fit(scope, accelerator, place / scope / "stopped", resume=True)
         torch.testing.assert_close(resumed, one[scope], rtol=0, atol=1e-6)
+    align(student(place), place / "whole", say=quiet)
+    align(student(place), place / "stopped", resume=True, say=quiet)
+    ids, w = torch.tensor([[1, 5, 9, 20]]), torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        start = open_run(place / "whole").base_model()(ids).logits
+        whole, *others = (open_run(place / run).load()(ids, weights=w).logits for run in ("whole", "two", "stopped"))
+    assert float((whole - start).abs().max()) > 1e-3  # something was learned
+    for found in others:
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_sharded_policies_and_a_student_train_what_one_process_trains_and_each_resumes_the_other(tmp_path):
+    from sharded_rollouts import COMPARED
+
+    train_what_one_process_trains(tmp_path, COMPARED, **SHARDED)
 
 
 @pytest.mark.distributed
@@ -84,27 +103,6 @@ def test_the_command_makes_the_run_of_one_process(tmp_path, monkeypatch):
         *(Front.load(tmp_path / run / "front.json").tensors() for run in ("one", "two")), strict=True
     ):
         torch.testing.assert_close(of_two, of_one, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_a_student_learns_from_its_own_answers_and_one_process_resumes_it(tmp_path):
-    from sharded_rollouts import quiet, student
-
-    for seed, name in enumerate(("model", "one", "other")):
-        write_model(tmp_path, seed=seed, name=name)
-    write_data(tmp_path / "data.jsonl", count=12)
-    done = launch(2, SCRIPT, str(tmp_path), "distill", **SHARDED)
-    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
-    align(student(tmp_path), tmp_path / "whole", say=quiet)
-    align(student(tmp_path), tmp_path / "stopped", resume=True, say=quiet)
-    ids, w = torch.tensor([[1, 5, 9, 20]]), torch.tensor([0.3, 0.7])
-    with torch.no_grad():
-        start = open_run(tmp_path / "whole").base_model()(ids).logits
-        whole, *others = (open_run(tmp_path / run).load()(ids, weights=w).logits for run in ("whole", "two", "stopped"))
-    assert float((whole - start).abs().max()) > 1e-3  # something was learned
-    for found in others:
-        torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
 
 def test_a_copy_of_a_policy_has_the_same_reference():

@@ -1,4 +1,4 @@
-"""Run by tests/integrations/test_deepspeed_trainers.py on gloo processes: the trainers' models under ZeRO-2 and -3."""
+"""Run by tests/integrations/test_deepspeed_trainers.py on gloo processes: the trainers' models under ZeRO."""
 
 import importlib
 import os
@@ -20,18 +20,22 @@ import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from ending import leave
+from sharded_trainers import trained
 
 from mopl._sharded import gathered, is_sharded
-from mopl.conditioning import LoraMixture, ParameterMixture, WeightedModel
+from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.integrations.transformers import MultiObjectiveConfig
-from mopl.language_models.head import FusedOutput
+from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 
 IN_SHARDS = ", loaded in shards"  # by transformers, where the config is there before the model
+CLIPPED, DPO, BEST = ", clipped", ", in the trainer for pairs", ", the best of two"
 KINDS = {
-    2: ("conditioned", "plain", "parameter mixture"),
-    3: ("conditioned", "lora mixture", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}"),
-}
-FOUR = {2: ("lora mixture",), 3: ("lora mixture", "words")}
+    1: (f"conditioned{CLIPPED}",),
+    2: ("conditioned", f"plain{DPO}", "parameter mixture"),
+    3: ("conditioned", "lora mixture", "words", "weighted reference", "copied head", f"reference adapter{IN_SHARDS}",
+        f"conditioned{BEST}"),
+}  # fmt: skip
+FOUR = {1: (), 2: ("words",), 3: ("lora mixture",)}
 SAVED = {2: ("conditioned",), 3: ("lora mixture", "words")}
 
 
@@ -42,12 +46,14 @@ def config(stage: int, **more) -> dict:
 
 
 def options(stage: int, **more) -> dict:
+    if stage == 1:  # nothing is told that can be left out
+        return {"deepspeed": {"zero_optimization": {"stage": 1}}, "use_cpu": False, **more}
     return {"deepspeed": config(stage), "use_cpu": False, **more}
 
 
 def build(kind: str):
     """Return a model, and further arguments of its trainer."""
-    kind = kind.removesuffix(IN_SHARDS)
+    kind = kind.partition(", ")[0]
     if kind == "weighted reference":
         return small.build("conditioned"), {"ref_model": small.build("lora mixture")}
     if kind == "copied head":  # of which each adapter has one, beside what it adds by DoRA
@@ -57,6 +63,46 @@ def build(kind: str):
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
         return LoraMixture(small.build("plain"), 2, config=lora), {}
     return sharded_trainers.build(kind)
+
+
+def make(kind: str, folder: Path, processes: int, built, **options):
+    """Return a trainer of a kind."""
+    if kind.endswith(CLIPPED):
+        options["max_grad_norm"] = 0.05
+    if kind.endswith(DPO):
+        options |= {"classes": (MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer), "bf16": False}
+    if not kind.endswith(BEST):
+        return sharded_trainers.make(kind, folder, processes, built, **options)
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.5}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    more = {**built[1], "callbacks": [Answers()]}
+    return sharded_trainers.make(kind, folder, processes, (built[0], more), **every, **best, **options)
+
+
+class Answers(transformers.TrainerCallback):
+    """Generates after each step, as every process must under ZeRO-3."""
+
+    def __init__(self) -> None:
+        self.found: list[list[list[int]]] = []
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        tokens = torch.tensor([[5, 6, 7]])
+        model.eval()
+        given = {"attention_mask": torch.ones_like(tokens), "weights": torch.tensor([[0.3, 0.7]])}
+        self.found.append(model.generate(input_ids=tokens, max_new_tokens=2, do_sample=False, **given).tolist())
+        model.train()
+
+
+def measured(trainer, kind: str) -> dict:
+    """Train; return what `multi_objective_trainer` measures, and what was evaluated and answered on the way."""
+    found = small.measured(trainer, kind.partition(", ")[0])
+    for step, entry in enumerate(e for e in trainer.state.log_history[:-1] if "eval_loss" in e):
+        found["metrics"][f"eval_loss in step {step}"] = entry["eval_loss"]
+    if kind.endswith(BEST):
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-1"), "the one that is not the last"
+        (answers,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Answers))
+        found["metrics"] |= {f"token {n}": t for n, t in enumerate(torch.tensor(answers.found).flatten().tolist())}
+    return found
 
 
 def loaded_in_shards(kind: str, place: Path):
@@ -78,51 +124,16 @@ def loaded_in_shards(kind: str, place: Path):
 
 
 def run(kind: str, place: Path, processes: int, stage: int) -> dict:
-    if kind.endswith(IN_SHARDS):
-        model, more = loaded_in_shards(kind, place)
-    else:
-        model, more = build(kind)
-    if kind == "conditioned":  # the first process decides, as under DDP
-        with torch.no_grad():
-            for parameter in model.hyper_prompt.parameters():
-                parameter.add_(float(os.environ["RANK"]))
-    trainer = small.make(kind, place / "runs" / f"{kind}-{stage}", processes, model=model, more=more, **options(stage))
-    found = small.measured(trainer, kind)
+    built = model, _ = loaded_in_shards(kind, place) if kind.endswith(IN_SHARDS) else build(kind)
+    if kind == "conditioned":
+        sharded_trainers.differ(model)
+    trainer = make(kind, place / "runs" / f"{kind}-{stage}", processes, built, **options(stage))
+    found = measured(trainer, kind)
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine", f"{kind} was not trained by DeepSpeed"
     assert is_sharded(model) == (stage == 3)
-    other = kind in ("plain", "words", "weighted reference", "parameter mixture")
+    other = kind.partition(", ")[0] in ("plain", "words", "weighted reference", "parameter mixture")
     assert (found["reference"] == "DeepSpeedEngine") == other, f"{kind}: {found['reference']}"
     return {**found, "parameters": trained(trainer)}
-
-
-def trained(trainer) -> dict:
-    own = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return {name: value.detach().clone() for name, value in gathered(own, keep=True).items()}
-
-
-def checkpoints(place: Path, kind: str, stage: int, main: bool) -> None:
-    """A training that goes on from a checkpoint has the bits of one that was never stopped; files are whole."""
-    place = place / f"zero-{stage}"
-    model, more = build(kind)
-    settings = {**sharded_trainers.ADAMW, **options(stage)}
-    one = small.make(kind, place / kind, 2, model=model, more=more, **settings)
-    one.train()
-    expected = trained(one)
-    one.save_model(str(place / f"{kind}, saved"))
-    model.save_pretrained(str(place / f"{kind}, by itself"), is_main_process=main)
-    again = build(kind)[0]
-    with torch.no_grad():  # as another start would be: all must come from the files
-        for parameter in again.parameters():
-            if parameter.requires_grad and kind == "conditioned":
-                parameter.add_(1.0)
-    torch.distributed.barrier()
-    two = small.make(kind, place / kind, 2, model=again, more=more, **settings)
-    two.train(resume_from_checkpoint=str(place / kind / "checkpoint-2"))
-    for name, value in trained(two).items():
-        assert torch.equal(value, expected[name]), f"{kind}: {name} of a resumed training differs"
-    loading(two, place / kind / "checkpoint-2", place / f"{kind}, saved", expected)
-    if main:
-        torch.save(expected, place / f"{kind}, saved.pt")
 
 
 def loading(trainer, first: Path, last: Path, expected: dict) -> None:
@@ -139,40 +150,9 @@ def loading(trainer, first: Path, last: Path, expected: dict) -> None:
             assert torch.equal(copy.view_as(expected[name]), expected[name]), name
 
 
-def precision(place: Path, kind: str, stage: int) -> None:
-    """In 16 bit, weights and log-probabilities keep theirs."""
-    model, more = build(kind)
-    seen = {"weights": [], "log_probs": [], "reference": []}
-    filled, unless_fixed = FusedOutput.filled, WeightedModel._unless_fixed
-
-    def spy(self, **given):
-        seen["weights"] += [given["weights"]] if given.get("weights") is not None else []
-        return unless_fixed(self, **given)
-
-    def note(parts, output):
-        seen["log_probs"].append(parts["log_probs"])
-        return filled(parts, output)
-
-    WeightedModel._unless_fixed, FusedOutput.filled = spy, staticmethod(note)
-    try:
-        trainer = small.make(kind, place / "bf16", 2, model=model, more=more, bf16=True, max_steps=1, **options(stage))
-        reference = trainer._reference
-        trainer._reference = lambda *given: seen["reference"].append(reference(*given)) or seen["reference"][-1]
-        trainer.train()
-    finally:
-        WeightedModel._unless_fixed, FusedOutput.filled = unless_fixed, filled
-    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-    assert seen["log_probs"] and seen["reference"] and bool(seen["weights"]) == isinstance(model, WeightedModel)
-    assert all(value.dtype == torch.float32 for values in seen.values() for value in values), kind
-    for name in ("log_probs", "reference"):
-        assert all((value != value.bfloat16()).any() for value in seen[name]), f"{kind}: {name} are rounded"
-    assert all(torch.allclose(w.sum(-1), torch.ones(()), atol=1e-6) for w in seen["weights"])
-
-
 def evaluated_first(place: Path) -> None:
     """An engine that was made for an evaluation cannot train."""
-    model, more = build("conditioned")
-    trainer = small.make("conditioned", place / "first", 2, model=model, more=more, **options(3))
+    trainer = sharded_trainers.make("conditioned", place / "first", 2, build("conditioned"), **options(3))
     assert trainer.evaluate()["eval_loss"] > 0
     try:
         trainer.train()
@@ -180,6 +160,46 @@ def evaluated_first(place: Path) -> None:
         assert "pass eval_on_start=True" in str(error)
     else:
         raise AssertionError("a training without an optimizer")
+
+
+def left_out(place: Path, stage: int) -> None:
+    """A layer without a gradient is neither updated with an old one, nor with that of another layer."""
+    first = os.environ["RANK"] == "0"
+    cases = [  # in which steps the loss depends on it, and what is said of that
+        (
+            lambda step: step == 0,
+            "does not depend on 1 trained parameter, model.extra.weight, which DeepSpeed would up",
+        ),
+        (lambda step: False, None),
+    ]
+    if stage < 3:  # which gathers it in the forward pass, where the other process would not come
+        cases.append((lambda step: first, "model.extra.weight has a gradient in 1 of 2 processes"))
+    for used, message in cases:
+        trainer = with_another_layer(used, place / "left out", stage)
+        layer = {"weight": trainer.model.model.extra.weight}
+        before = gathered(layer, keep=True)["weight"].clone()
+        try:
+            trainer.train()
+            found = None
+        except RuntimeError as error:
+            found = str(error)
+        assert (message in found) if message else found is None, found
+        after = gathered(layer, keep=True)["weight"]  # of which the error may have left a part on its way
+        assert message or torch.equal(after, before)
+        assert "step" not in trainer.deepspeed.__dict__, "the engine is as it was"
+
+
+def with_another_layer(used, folder: Path, stage: int):
+    """Return a trainer of a model with a layer that is `used(step)`."""
+    model = small.build("plain")
+    extra = model.model.extra = torch.nn.Linear(32, 32, bias=False)
+    trainer = sharded_trainers.make("plain", folder, 2, (model, {}), **options(stage))
+
+    def add(_, __, output):
+        return output + extra(output) if used(trainer.state.global_step) else output
+
+    model.model.embed_tokens.register_forward_hook(add)
+    return trainer
 
 
 def rollouts(place: Path) -> None:
@@ -199,8 +219,9 @@ def rollouts(place: Path) -> None:
             model = make()
             start = {name: p.detach().clone() for name, p in model.named_parameters()}
             one = grpo_cases.trainer(
-                place / "grpo", model, optim="sgd", eval_dataset=grpo_cases.DATA, **sizes, **more, **own
-            )
+                place / "grpo", model, optim="sgd", eval_dataset=grpo_cases.DATA, eval_weights=[[0.2, 0.8]], **sizes,
+                **more, **own,
+            )  # fmt: skip
             one.train()
             assert type(one.model_wrapped).__name__ == ("DeepSpeedEngine" if own else "DistributedDataParallel")
             found.append((grpo_cases.trained(one), {n: v for n, v in one.evaluate().items() if "@" in n}))
@@ -223,9 +244,17 @@ def main(place: Path, processes: int, stage: int) -> None:
     if processes == 2:
         if stage == 3:
             evaluated_first(place)
+            left_out(place, stage)
+        if stage == 1:
+            left_out(place, stage)
+            return
         for kind in SAVED[stage]:
-            checkpoints(place, kind, stage, first)
-        precision(place, "conditioned" if stage == 3 else "plain", stage)
+            here = place / f"zero-{stage}"
+            one, two, expected = sharded_trainers.checkpoints(here, kind, build, first, **options(stage))
+            one.model.save_pretrained(str(here / f"{kind}, by itself"), is_main_process=first)
+            loading(two, here / kind / "checkpoint-1", here / f"{kind}, saved", expected)
+        model = sharded_trainers.precision(place, "conditioned" if stage == 3 else "plain", build, **options(stage))
+        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
         if stage == 2:
             rollouts(place)
     if first:

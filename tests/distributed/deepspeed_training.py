@@ -29,6 +29,7 @@ from mopl.training.selection import Selection
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"
 KINDS = ("zero2", "zero3", "fsdp2", "ddp")
+HELD: list[torch.UntypedStorage] = []  # by shares of the last training with `is_cut`
 
 # Other numbers of processes divide the same batch by another accumulation.
 training_loop._FREE_SETTINGS = (*training_loop._FREE_SETTINGS, "accumulation")
@@ -142,6 +143,25 @@ def refused(accelerator) -> None:
         fails(accelerator, message, used, given)
 
 
+def without_an_engine(accelerator) -> None:
+    """Where DeepSpeed cannot make its engine, model and optimizer are the caller's again, and can be trained."""
+    import deepspeed  # which the test that imports this module may lack
+
+    model, made = Branches(), deepspeed.initialize
+    before = parameters(model)
+
+    def initialize(**given):
+        raise RuntimeError(f"no engine for {type(given['model']).__name__}")
+
+    deepspeed.initialize = initialize
+    try:
+        fails(accelerator, "no engine for Branches", some_parts, model)
+    finally:
+        deepspeed.initialize = made
+    assert torch.equal(parameters(model), before) and all(p.numel() for p in model.parameters())
+    assert torch.equal(branches(accelerator, some_parts, model), branches(accelerator, some_parts))
+
+
 def fails(accelerator, message, *arguments) -> None:
     try:
         branches(accelerator, *arguments)
@@ -155,6 +175,8 @@ def is_cut(model) -> None:
     """Check what a loss is given under stage 3, and that the whole model is there to generate with."""
     assert type(model).__name__ == "DeepSpeedEngine"
     assert all(p.numel() == 0 for p in model.parameters()), "frozen parameters too"
+    parts = (*model.optimizer.fp32_partitioned_groups_flat, *(p.ds_tensor for p in model.parameters()))
+    HELD[:] = [part.untyped_storage() for part in parts]
     with whole_model(model) as whole:
         assert all(p.numel() for p in whole.parameters())
 
@@ -210,11 +232,14 @@ def main(place: Path, stages: list[str]) -> None:
             here.mkdir(exist_ok=True)
             log = RunLog(here, enabled=accelerator.is_main_process)
             found = {"sgd": same(accelerator, full(accelerator, log=log, check=is_cut if stage == "zero3" else None))}
+            assert bool(HELD) == (stage == "zero3")
+            assert not any(part.nbytes() for part in HELD), "shares are freed"
             found["adamw"] = same(accelerator, full(accelerator, sgd=False, directory=here / "whole"))
-            full(accelerator, sgd=False, poison=2, directory=here / "diverged")
             if base is not None:
+                full(accelerator, sgd=False, poison=2, directory=here / "diverged")
                 found["branches"] = same(accelerator, branches(accelerator, some_parts))[:-5]
                 refused(accelerator)
+                without_an_engine(accelerator)
                 found["selected"] = full(accelerator, sgd=False, selection=Selection(validated, every=2, patience=1))
             if base is not None and stage == "zero3":
                 before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -225,10 +250,10 @@ def main(place: Path, stages: list[str]) -> None:
                 assert all(torch.equal(before[name], after[name]) for name in before)
                 found["stopped"] = fit(base, accelerator)
                 try:
-                    fit(base, accelerator, directory=here / "parts", stop=2)
+                    fit(base, accelerator, directory=here / "parts", stop=1)
                     raise AssertionError("the training was not stopped")
                 except TrainingInterrupted as stopped:
-                    assert stopped.step == 3
+                    assert stopped.step == 2
                 if accelerator.is_main_process:
                     shutil.copytree(here / "parts", here / "stopped")
                 resumed = fit(base, accelerator, directory=here / "parts", resume=True)

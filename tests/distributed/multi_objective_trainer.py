@@ -61,7 +61,9 @@ def build(name):
     return HyperPromptModel(model, prompt)
 
 
-def make(name, folder, processes, model=None, more=None, **options):
+def make(
+    name, folder, processes, model=None, more=None, classes=(MultiObjectiveConfig, MultiObjectiveTrainer), **options
+):
     """Return a trainer; `options` are those of its config, `more` further arguments of it."""
     settings = {
         "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "optim": "sgd",
@@ -70,9 +72,9 @@ def make(name, folder, processes, model=None, more=None, **options):
         "max_steps": 3, "logging_steps": 3, "beta": 0.5, "precompute_ref_log_probs": "precomputed" in name,
         "dataloader_pin_memory": False,
     }  # fmt: skip
-    args = MultiObjectiveConfig(str(folder), **{**settings, **options})
+    args = classes[0](str(folder), **{**settings, **options})
     model = build(name) if model is None else model
-    return MultiObjectiveTrainer(model, args, train_dataset=data(16), eval_dataset=data(5), **(more or {}))
+    return classes[1](model, args=args, train_dataset=data(16), eval_dataset=data(5), **(more or {}))
 
 
 def run(name, folder, processes, **options):

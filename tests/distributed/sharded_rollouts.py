@@ -2,12 +2,11 @@
 
 They are sharded by FSDP2, or by DeepSpeed where ACCELERATE_USE_DEEPSPEED is set.
 
-sharded_rollouts.py PLACE                   what `fit` trains, stopped and resumed; then a guard stops one process
-sharded_rollouts.py PLACE rollouts SCOPE    the same of one scope
-sharded_rollouts.py PLACE clp ARGUMENTS     a command of mopl
-sharded_rollouts.py PLACE distill           `distil`, stopped and resumed
+sharded_rollouts.py PLACE                 `distil` and what `fit` trains, stopped and resumed; a guard stops one process
+sharded_rollouts.py PLACE clp ARGUMENTS   a command of mopl
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ from mopl.training import loop as training_loop
 from mopl.training.sharded import CopiedModel
 
 COMPARED, RUNNING = ("attention",), "lora-mixture"  # a running scale depends on who rolls out with whom
-FIXED = "lora-mixture, fixed scale"
+STAGES = {"attention": 2, "lora-mixture, fixed scale": 3}  # of DeepSpeed, whose settings are files in PLACE
 
 
 # What is sampled depends on the number of parts, so processes are compared at as many parts: four.
@@ -85,22 +84,24 @@ def fit(scope, accelerator, place: Path, *, stop=None, resume=False, collapse=Fa
     return found if policy.running is None else torch.cat([found, policy.running.mean, policy.running.deviation])
 
 
-def rollouts(accelerator, place: Path, *scopes: str) -> None:
-    for scope in scopes:
-        here = place / scope
-        found = fit(scope, accelerator, here / "whole")
-        fit(scope, accelerator, here / "parts", stop=0 if scope == RUNNING else 1)  # in a rollout, or at its end
-        if accelerator.is_main_process:
-            shutil.copytree(here / "parts", here / "stopped")
-        resumed = fit(scope, accelerator, here / "parts", resume=True)
-        assert torch.equal(resumed, found), "a resumed training has the bits of one that was never stopped"
-        if scope != RUNNING:
-            taken = fit(scope, accelerator, here / "of-one", resume=True)
-            torch.testing.assert_close(taken, found, rtol=0, atol=1e-6)
-        if accelerator.is_main_process:
-            torch.save(found, place / f"{scope}-2.pt")
+def rollouts(accelerator, place: Path, scope: str) -> None:
+    here = place / scope
+    found = fit(scope, accelerator, here / "whole")
+    fit(scope, accelerator, here / "parts", stop=0 if scope == RUNNING else 1)  # in a rollout, or at its end
+    if accelerator.is_main_process:
+        shutil.copytree(here / "parts", here / "stopped")
+    resumed = fit(scope, accelerator, here / "parts", resume=True)
+    assert torch.equal(resumed, found), "a resumed training has the bits of one that was never stopped"
+    if scope != RUNNING:
+        taken = fit(scope, accelerator, here / "of-one", resume=True)
+        torch.testing.assert_close(taken, found, rtol=0, atol=1e-6)
+    if accelerator.is_main_process:
+        torch.save(found, place / f"{scope}-2.pt")
+
+
+def guarded(accelerator, place: Path, scope: str) -> None:
     try:
-        fit(scopes[0], accelerator, place / "collapsed", collapse=True)
+        fit(scope, accelerator, place / "collapsed", collapse=True)
     except PolicyCollapsed:
         print("one process was stopped by its guard", flush=True)  # its end is the end of the other's
     except RuntimeError as error:
@@ -156,18 +157,23 @@ def distil(accelerator, place: Path) -> None:
     align(config, place / "two", resume=True, say=quiet)
 
 
-if __name__ == "__main__":
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+def main(place: Path, arguments: list[str]) -> None:
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if zero:
         without_compiled_ops()
-    accelerator, where = make_accelerator(cpu=True), Path(sys.argv[1])
+    gc.freeze()  # what was imported is no garbage, which is collected at the end of every training
+    accelerator = make_accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    match sys.argv[2:]:
-        case []:
-            rollouts(accelerator, where, *COMPARED, RUNNING)
-        case ["rollouts", *scopes]:
-            rollouts(accelerator, where, *scopes)
-        case ["distill"]:
-            distil(accelerator, where)
-        case ["clp", *arguments]:
-            command(arguments)
+    if arguments:
+        return command(arguments[1:])
+    distil(accelerator, place)
+    for scope in STAGES if zero else (*COMPARED, RUNNING):
+        if zero:
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(place / f"zero{STAGES[scope]}.json")
+        rollouts(accelerator, place, scope)
+    guarded(accelerator, place, scope if zero else COMPARED[0])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
     leave()

@@ -1,4 +1,4 @@
-"""Models that take weights, references and checkpoints in the trainers under DeepSpeed's ZeRO-2 and -3, over gloo."""
+"""Models that take weights, references and checkpoints in the trainers under DeepSpeed's ZeRO, over gloo."""
 
 import sys
 import types
@@ -21,27 +21,20 @@ import sharded_trainers
 
 from mopl.conditioning import WeightedModel
 from mopl.integrations._rollout_checks import refuse_sharded_rollouts
-from mopl.integrations._sharding import check_sharding, refuse_loaded_in_shards
+from mopl.integrations._sharding import check_sharding, complete_zero_settings, refuse_loaded_in_shards
+from mopl.integrations.grpo import MultiObjectiveGRPOConfig
+from mopl.integrations.scorers import RewardListConfig
+from mopl.integrations.transformers import MultiObjectiveConfig
+from mopl.integrations.trl import MultiObjectiveDPOConfig
 
 ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"}
 
 
 def start(processes: int, folder: Path) -> None:
     script = str(DISTRIBUTED / "deepspeed_trainers.py")
-    done = launch(processes, script, str(folder), "2", "3", **ASKED, **launch_environment())
+    done = launch(processes, script, str(folder), "1", "2", "3", **ASKED, **launch_environment())
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     assert "ZeRO-2 is done" in done.stdout and "ZeRO-3 is done" in done.stdout
-
-
-def is_one_process(folder: Path, kind: str, run: str, one: dict) -> None:
-    found = torch.load(folder / f"{kind}-{run}.pt")
-    assert found["parameters"].keys() == one["parameters"].keys()
-    for name, expected in one["parameters"].items():
-        error = float((found["parameters"][name] - expected).abs().max())
-        # Three steps of SGD, so an update of a wrong size would show.
-        assert error <= 2e-6 * float(expected.abs().max()), f"{kind} in {run}: {name} differs by {error:.1e}"
-    for name, value in one["metrics"].items():
-        assert found["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (kind, name)
 
 
 @pytest.mark.slow
@@ -52,29 +45,59 @@ def test_zero_2_and_3_train_what_one_process_trains_and_their_checkpoints_are_wh
     sharded_trainers.small.build("plain").save_pretrained(tmp_path / "tiny")
     start(2, tmp_path)
     start(4, tmp_path)
-    for kind in dict.fromkeys((*deepspeed_trainers.KINDS[2], *deepspeed_trainers.KINDS[3])):
-        model, more = deepspeed_trainers.build(kind)
-        trainer = sharded_trainers.small.make(kind, tmp_path / "one", 1, model=model, more=more)
-        one = sharded_trainers.small.measured(trainer, kind)
-        for stage in (2, 3):
-            if kind in deepspeed_trainers.KINDS[stage]:
-                is_one_process(tmp_path, kind, f"{stage}-2", one)
-            if kind in deepspeed_trainers.FOUR[stage]:
-                is_one_process(tmp_path, kind, f"{stage}-4", one)
+    for kind in dict.fromkeys(kind for kinds in deepspeed_trainers.KINDS.values() for kind in kinds):
+        trainer = deepspeed_trainers.make(kind, tmp_path / "one", 1, deepspeed_trainers.build(kind))
+        one = deepspeed_trainers.measured(trainer, kind)
+        for processes, kinds in ((2, deepspeed_trainers.KINDS), (4, deepspeed_trainers.FOUR)):
+            for name in (f"{kind}-{stage}-{processes}" for stage in (1, 2, 3) if kind in kinds[stage]):
+                sharded_trainers.is_one_process(torch.load(tmp_path / f"{name}.pt"), one, name)
     for stage, kinds in deepspeed_trainers.SAVED.items():  # resumed bit for bit there; here one process opens them
         place = tmp_path / f"zero-{stage}"
         for kind in kinds:
             trained = torch.load(place / f"{kind}, saved.pt")
-            for folder in (place / f"{kind}, saved", place / f"{kind}, by itself", place / kind / "checkpoint-4"):
+            for folder in (place / f"{kind}, saved", place / f"{kind}, by itself", place / kind / "checkpoint-2"):
                 if stage == 2 and folder.name.endswith("by itself"):
                     assert folder.exists()
                 base = None if kind == "words" else sharded_trainers.small.build("plain")
                 own = dict(WeightedModel.from_pretrained(folder, base).named_parameters())
                 assert all(torch.equal(own[name], value) for name, value in trained.items()), (kind, folder)
             # What is not trained is written by nobody, but where it is a part of the files above.
-            for file in (place / kind / "checkpoint-4").rglob("*model_states.pt"):
+            for file in (place / kind / "checkpoint-2").rglob("*model_states.pt"):
                 names = torch.load(file, weights_only=False)["module"].keys()
                 assert kind == "words" or not [name for name in names if "embed_tokens" in name], file
+
+
+def test_what_deepspeed_is_not_told_comes_from_the_arguments():
+    accelerator = accelerator_of(1)
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    arguments = types.SimpleNamespace(max_grad_norm=0.7, per_device_train_batch_size=5)
+    complete_zero_settings(accelerator, arguments)
+    assert settings["gradient_clipping"] == 0.7 and settings["train_micro_batch_size_per_gpu"] == 5
+    told = {"gradient_clipping": 0.3, "train_batch_size": 40}
+    settings |= told
+    del settings["train_micro_batch_size_per_gpu"]
+    complete_zero_settings(accelerator, arguments)
+    assert settings == {"zero_optimization": {"stage": 1}, **told}
+    for stage in (0, 4, "3", 3.0, True, None):
+        with pytest.raises(ValueError, match=r"zero_optimization.stage in .* is .* but must be 1, 2 or 3; leave Deep"):
+            complete_zero_settings(accelerator_of(stage), arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [MultiObjectiveConfig, MultiObjectiveDPOConfig, MultiObjectiveGRPOConfig, RewardListConfig]
+)
+def test_settings_of_another_form_are_named_where_transformers_would_end_in_an_attribute_error(tmp_path, arguments):
+    with pytest.raises(ValueError, match="offload_optimizer in DeepSpeed's settings is 'cpu' but must be an object"):
+        arguments(str(tmp_path), deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}})
+
+
+def test_processes_on_cpus_that_would_each_train_alone_are_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    trainer = sharded_trainers.make("plain", tmp_path, 1, sharded_trainers.build("plain"))
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"one of 2 processes, but there is no GPU .*; pass use_cpu=True"):
+        trainer.create_accelerator_and_postprocess()
 
 
 def accelerator_of(stage: int, **zero):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed_site import launch_environment
+from deepspeed_site import launch_environment, settings_of
 from launching import DISTRIBUTED, launch
 
 pytest.importorskip("transformers")
@@ -20,17 +20,10 @@ from mopl.language_models import models
 from mopl.training import RunLog, make_accelerator, read_log
 from mopl.training.parallel import fsdp_plugin
 from mopl.training.selection import Selection
-from mopl.training.zero_settings import zero_settings
+from mopl.training.zero_settings import check_config, zero_settings
 from tests.alignment.test_training import write_model
 
 ASKED = {"ACCELERATE_USE_DEEPSPEED": "true"}
-
-
-def settings_of(place: Path, stage: int) -> Path:
-    """Write DeepSpeed's settings, under which even the smallest parameters are cut."""
-    file = place / f"zero{stage}.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
-    return file
 
 
 def train_on(processes: int, place: Path) -> None:
@@ -142,6 +135,42 @@ def asked(monkeypatch, tmp_path):
 def test_what_does_not_work_is_refused(asked, given, message):
     with pytest.raises(NotImplementedError, match=message):
         asked(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"zero_optimization": None}, 'zero_optimization in .* None but must be an object .* {"stage": 3}'),
+        ({"zero_optimization": 3}, "zero_optimization in DeepSpeed's settings is 3 but must be an object"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer in .* 'cpu' but must"),
+        ({"zero_optimization": {"stage": 3, "offload_param": True}}, 'offload_param in .* True .* {"device": "none"}'),
+    ],
+)  # fmt: skip
+def test_settings_of_another_form_are_named(asked, monkeypatch, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        asked(**given)
+    for file in (given, tmp_path / "deepspeed.json", None):  # in the trainers, whose files transformers reads
+        with pytest.raises(ValueError, match=message):
+            check_config(file)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    check_config()
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("[2]", r"the whole of DeepSpeed's settings is \[2\] but must be an object of settings, such as {.zero_opt"),
+        ("{stage: 2}", "DeepSpeed's settings in .*deepspeed.json are no JSON: Expecting property name"),
+        ("{}", 'zero_optimization is missing in DeepSpeed\'s settings.* add "zero_optimization": {"stage": 3}'),
+        ('{"zero_optimization": {"stage": 2}, "fp16": "auto"}', "fp16 in .* 'auto' .* such as {\"enabled\": false}"),
+        ('{"zero_optimization": {"stage": 2}, "optimizer": {"params": 1}}', "optimizer.params in .* is 1 but must be"),
+    ],
+)
+def test_files_of_another_form_are_named(tmp_path, written, message):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(written)
+    with pytest.raises(ValueError, match=message):
+        check_config(str(file))
 
 
 def test_what_the_training_decides_may_be_auto(asked):
