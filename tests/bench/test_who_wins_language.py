@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 
 from bench import who_wins_language, who_wins_language_costs
 from bench.pictures import fingerprint
+from bench.who_wins_cells import Cell
 from bench.who_wins_language_cells import CONDITIONED, INFLUENCE, METHODS, NAMES, RIVALS, Problem, Sizes
 from bench.who_wins_language_map import by_cell, difference, leads_of, mean_of, summary, table
 from mopl.alignment import tuned
@@ -54,6 +55,7 @@ def test_virtual_tokens_begin_near_the_reference_of_a_model_that_overlooks_them(
 
 def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(who_wins_language, "RATES", (0.01,))
+    monkeypatch.setattr(who_wins_language, "RATE_SEEDS", {1.0: 1})
     command = ["--out", str(tmp_path), "--seeds", "1", "--sizes", SMALL, "--cells", "budget=1,spread=3,conflict=1"]
     assert who_wins_language.main([*command, "--plan"]) == 0
     assert "12 trainings of a method, of which 0 are there; 12 to do" in capsys.readouterr().out
@@ -71,6 +73,35 @@ def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(
     assert "of which 11 are there; 1 to do" in capsys.readouterr().out
     timeless = [{k: v for k, v in json.loads(line).items() if k != "cpu_seconds"} for line in file.open()]
     assert timeless == [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in rows]
+
+
+def test_a_rate_is_the_best_on_average_and_the_map_is_trained_again_where_it_changes():
+    row = {"budget": 1.0, "spread": 1.7, "conflict": 0.6, "method": "dpo-soup"}
+    rates = [
+        {**row, "role": "rate", "seed": 1000 + seed, "rate": rate, "hypervolume": figure}
+        for rate, figures in ((0.008, (0.6, 0.5)), (0.016, (0.5, 0.7)), (0.032, (0.55, 0.55)))
+        for seed, figure in enumerate(figures)
+    ]
+    assert who_wins_language.best_rate(rates[::2], 1.0, "dpo-soup") == 0.008  # by the first seed alone
+    assert who_wins_language.best_rate(rates, 1.0, "dpo-soup") == 0.016
+    cell = Cell(1.0, 3.0, 1.0, 0)
+    there = [{**row, "role": "map", "spread": 3.0, "conflict": 1.0, "seed": 0, "rate": 0.008}]
+    checked = [{**there[0], "role": "check", "rate": 0.032}]
+    job = (cell, "dpo-soup", None)
+    assert who_wins_language.lacking([job], rates[::2] + there) == []
+    assert who_wins_language.lacking([job], rates + there) == [job]
+    assert who_wins_language.of_best_rates(rates + there + checked) == rates + checked
+    assert who_wins_language.lacking([job], [*rates, *there, {**there[0], "rate": 0.016}]) == []
+
+
+def test_the_map_has_one_row_of_each_training_and_every_method_tried_the_same_rates(rows):
+    assert who_wins_language.of_best_rates(rows) == rows
+    assert len({who_wins_language._key_of(row) for row in rows}) == len(rows)
+    for budget, seeds in who_wins_language.RATE_SEEDS.items():
+        wanted = {(1000 + seed, rate) for seed in range(seeds) for rate in who_wins_language.RATES}
+        for method in METHODS:
+            of = [r for r in rows if (r["role"], r["budget"], r["method"]) == ("rate", budget, method)]
+            assert {(r["seed"], r["rate"]) for r in of} == wanted, (budget, method)
 
 
 @pytest.mark.parametrize(
