@@ -1,5 +1,6 @@
 """The map of who wins among language models: its truth, a run at minuscule size, and a page that says what rows say."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,17 +11,33 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from bench import who_wins_language, who_wins_language_costs
+from bench import who_wins_language, who_wins_language_costs, who_wins_language_tried
 from bench.pictures import fingerprint
 from bench.who_wins_cells import Cell
-from bench.who_wins_language_cells import CONDITIONED, INFLUENCE, METHODS, NAMES, RIVALS, Problem, Sizes
+from bench.who_wins_language_cells import (
+    CONDITIONED,
+    INFLUENCE,
+    METHODS,
+    NAMES,
+    RIVALS,
+    Problem,
+    Sizes,
+    Trial,
+    also_alone,
+)
 from bench.who_wins_language_map import by_cell, difference, leads_of, mean_of, summary, table
 from mopl.alignment import tuned
+from mopl.alignment.methods import AlignSource, scored_for
+from mopl.conditioning.samplers import fixed
+from mopl.experiments.cos_dpo import scalarized_loss
 from mopl.experiments.methods import Method
+from mopl.experiments.response_loss import ResponseLoss
 from mopl.language_models import models
+from mopl.language_models.collate import ListCollator
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "bench/results/cpu/who-wins-language.jsonl"
+TRIED = ROWS.with_name("who-wins-language-tried.jsonl")
 PAGE = ROOT / "docs/explanation/who_wins_language.md"
 SMALL = "steps=16,train_lists=24,test_lists=12,base_steps=4,batch=4,points=3,hidden=8,prompts=2"
 
@@ -42,6 +59,32 @@ def test_the_optimum_is_reached_by_what_is_said_to_be_it():
     torch.testing.assert_close(losses[2, 0], problem.best_losses[2, 0], atol=1e-5, rtol=1e-5)
     assert found["regret"] > 0 and problem.measure([problem.reference] * 3)["regret"] > found["regret"]
     assert float((problem.rewards**2).mean()) == pytest.approx(4.0, rel=0.5)
+
+
+def test_a_list_at_each_objective_alone_counts_as_much_as_at_its_weights():
+    problem = Problem(1.0, 0.6, 1000, Sizes(points=3, train_lists=8, test_lists=4, base_steps=0, hidden=8))
+    model = tuned.new_model(problem.base, problem.config(1e-3, "lora-mixture"), NAMES, Method(conditioned=True))
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.normal_(std=0.3)
+    loss = ResponseLoss(labels=("l1", "l1"))
+    source = AlignSource(
+        problem.train, 3, ListCollator(), seed=0, weights=lambda step: torch.tensor([[0.3, 0.7]]).expand(3, 2),
+        beta=fixed(problem.beta, 3), reference=problem.train_reference,
+    )  # fmt: skip
+    batch, score = source(0), scored_for(loss)
+    trained = [value for value in model.parameters() if value.requires_grad]
+
+    def of(score, batch):
+        value, _ = scalarized_loss(score, loss, NAMES, common_beta=0.5)(model, batch, 0)
+        return [value, *torch.autograd.grad(value, trained)]
+
+    ends = [dataclasses.replace(batch, weights=row.expand(3, 2)) for row in torch.eye(2)]
+    parts = [of(score, each) for each in (batch, *ends)]
+    for found, *each in zip(of(also_alone(score), batch), *parts, strict=True):
+        torch.testing.assert_close(found, sum(each) / 3)
+    models.release(model)
 
 
 @pytest.mark.parametrize(("base_steps", "least", "most"), [(0, 1.0, 3.0), (300, 0.0, 0.05)])
@@ -132,6 +175,32 @@ def test_the_picture_shows_what_the_rows_say(rows):
     image = pytest.importorskip("PIL.Image")
     shown = image.open(ROOT / "docs/pictures/who-wins-language.png").info["Description"]
     assert shown == fingerprint(leads_of(rows))
+
+
+def test_the_page_has_the_table_of_what_else_was_tried():
+    tried = [json.loads(line) for line in TRIED.read_text(encoding="utf-8").splitlines()]
+    assert who_wins_language_tried.table(tried) in PAGE.read_text(encoding="utf-8")
+    for name, (method, _, budget, rates, seeds) in who_wins_language_tried.TRIALS.items():
+        of = [(r["method"], r["budget"], r["rate"], r["seed"]) for r in tried if r["trial"] == name]
+        assert sorted(of) == sorted((method, budget, rate, s) for rate in rates for s in seeds for _ in range(6)), name
+
+
+def test_trials_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(who_wins_language_tried, "CELLS", ((1.0, 0.6),))
+    plain, alone = who_wins_language_tried.PLAIN, "alone"
+    trials = {plain: ("lora-mixture", Trial(), 0.25, (0.016,), (0,)),
+              alone: ("lora-mixture", Trial(concentration=9.0, alone=True), 0.25, (0.016,), (0,))}  # fmt: skip
+    monkeypatch.setattr(who_wins_language_tried, "TRIALS", trials)
+    small, rows, file = who_wins_language.sizes_of(SMALL), [], tmp_path / "rows.jsonl"
+    who_wins_language_tried.work(rows, file, small)
+    first, second = rows
+    assert (first["trial"], second["trial"]) == (plain, alone) and first["hypervolume"] != second["hypervolume"]
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    kept = rows[:1]
+    who_wins_language_tried.work(kept, file, small)
+    assert [{**row, "cpu_seconds": 0} for row in kept] == [{**row, "cpu_seconds": 0} for row in rows]
+    assert who_wins_language_tried.main(["--rows", str(file), "--report"]) == 0
+    assert f"| {plain} |  | {first['hypervolume']:.3f} |" in capsys.readouterr().out
 
 
 def test_the_page_has_the_measured_costs():
