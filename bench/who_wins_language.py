@@ -23,7 +23,6 @@ import dataclasses
 import json
 import sys
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from bench.who_wins_language_cells import INFLUENCE, METHODS, Problem, Sizes, ru
 from mopl import _terminal
 
 SEEDS = 3
-RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+_FIVE = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+RATES = {0.25: _FIVE, 1.0: _FIVE, 4.0: (2e-3, *_FIVE)}  # by budget; none is best at an end
 RATE_CELL = (1.7, 0.6)  # where learning rates are chosen: spread and conflict
 FIRST_RATE_SEED = 1000  # and above; the map's are below
 RATE_SEEDS = {0.25: 4, 1.0: 4, 4.0: 1}  # how many, by budget
@@ -109,7 +109,8 @@ def jobs(cells: list[tuple[float, float, float]], seeds: int) -> list[Job]:
     rates: list[Job] = [
         (Cell(budget, *RATE_CELL, FIRST_RATE_SEED + number), name, rate)
         for number in range(max(RATE_SEEDS.values()))
-        for (budget, name), rate in product(tried, RATES)
+        for budget, name in tried
+        for rate in RATES[budget]
         if number < RATE_SEEDS[budget]
     ]
     return [

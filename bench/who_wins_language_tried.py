@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
     if not given.report:
         work(rows, given.rows)
-    print(table(rows))
+    print(f"{table(rows)}\n\n{by_conflict(rows)}")
     return 0
 
 
@@ -100,6 +100,23 @@ def table(rows: list[dict[str, Any]]) -> str:
         shown = [f"{means[rate]:.3f}" if rate in means else "" for rate in RATES]
         plain = [100 * (of[best][where] - figures[(PLAIN, *where, RATE)]) for where in of[best]]
         lines.append(f"| {name} | {' | '.join(shown)} | {_mean(plain)} | {len(plain)} |")
+    return "\n".join(lines)
+
+
+def by_conflict(rows: list[dict[str, Any]]) -> str:
+    """Return in points by how much each trial at its best rate is above the map's, for each conflict, as a table."""
+    conflicts = sorted({conflict for _, conflict in CELLS})
+    lines = [f"| conflict | {' | '.join(f'{conflict:g}' for conflict in conflicts)} |", "|---" * 4 + "|"]
+    plain = {_key(row)[1:4]: row["hypervolume"] for row in rows if (row["trial"], row["rate"]) == (PLAIN, RATE)}
+    for name, (*_, seeds) in TRIALS.items():
+        of: dict[float, dict[float, list[float]]] = {}
+        for row in rows:
+            if row["trial"] == name != PLAIN and seeds == SIX:
+                lead = 100 * (row["hypervolume"] - plain[_key(row)[1:4]])
+                of.setdefault(row["rate"], {}).setdefault(row["conflict"], []).append(lead)
+        if of:
+            best = max(of.values(), key=lambda each: sum(map(sum, each.values())))
+            lines.append(f"| {name} | {' | '.join(_mean(best[conflict]) for conflict in conflicts)} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,6 @@ from bench.who_wins_language_cells import (
     INFLUENCE,
     METHODS,
     NAMES,
-    RIVALS,
     Problem,
     Sizes,
     Trial,
@@ -36,6 +35,7 @@ from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = CONDITIONED[0]
 ROWS = ROOT / "bench/results/cpu/who-wins-language.jsonl"
 TRIED = ROWS.with_name("who-wins-language-tried.jsonl")
 PAGE = ROOT / "docs/explanation/who_wins_language.md"
@@ -97,7 +97,7 @@ def test_virtual_tokens_begin_near_the_reference_of_a_model_that_overlooks_them(
 
 
 def test_a_run_goes_on_where_it_was_stopped_and_every_method_has_the_same_total(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(who_wins_language, "RATES", (0.01,))
+    monkeypatch.setattr(who_wins_language, "RATES", {1.0: (0.01,)})
     monkeypatch.setattr(who_wins_language, "RATE_SEEDS", {1.0: 1})
     command = ["--out", str(tmp_path), "--seeds", "1", "--sizes", SMALL, "--cells", "budget=1,spread=3,conflict=1"]
     assert who_wins_language.main([*command, "--plan"]) == 0
@@ -141,10 +141,12 @@ def test_the_map_has_one_row_of_each_training_and_every_method_tried_the_same_ra
     assert who_wins_language.of_best_rates(rows) == rows
     assert len({who_wins_language._key_of(row) for row in rows}) == len(rows)
     for budget, seeds in who_wins_language.RATE_SEEDS.items():
-        wanted = {(1000 + seed, rate) for seed in range(seeds) for rate in who_wins_language.RATES}
+        wanted = {(1000 + seed, rate) for seed in range(seeds) for rate in who_wins_language.RATES[budget]}
         for method in METHODS:
             of = [r for r in rows if (r["role"], r["budget"], r["method"]) == ("rate", budget, method)]
             assert {(r["seed"], r["rate"]) for r in of} == wanted, (budget, method)
+            tried = who_wins_language.RATES[budget]
+            assert tried[0] < who_wins_language.best_rate(rows, budget, method) < tried[-1]  # no end cuts it off
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,8 @@ def test_the_picture_shows_what_the_rows_say(rows):
 
 def test_the_page_has_the_table_of_what_else_was_tried():
     tried = [json.loads(line) for line in TRIED.read_text(encoding="utf-8").splitlines()]
-    assert who_wins_language_tried.table(tried) in PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    assert who_wins_language_tried.table(tried) in page and who_wins_language_tried.by_conflict(tried) in page
     for name, (method, _, budget, rates, seeds) in who_wins_language_tried.TRIALS.items():
         of = [(r["method"], r["budget"], r["rate"], r["seed"]) for r in tried if r["trial"] == name]
         assert sorted(of) == sorted((method, budget, rate, s) for rate in rates for s in seeds for _ in range(6)), name
@@ -209,38 +212,28 @@ def test_the_page_has_the_measured_costs():
 
 
 def test_what_the_page_says_in_words_is_what_the_rows_say(rows):
-    cells = by_cell(rows)
-    behind = {cell for cell, m in cells.items() if difference(m, "lora-mixture", ("hyper-prompt",)).mean < 0}
-    assert len(cells) == 18 and behind == {(b, 3.0, c) for b in (0.25, 4.0) for c in (0.2, 0.6)}
-    assert all(len(m["lora-mixture"]) == (1 if cell[0] == 4 else 3) for cell, m in cells.items())
-    over = [difference(m, "lora-mixture", ("hyper-prompt",)) for cell, m in cells.items() if cell[0] < 4]
-    assert (len(over), sum(x.mean > 0 for x in over), sum(x.low > 0 for x in over)) == (12, 10, 5)
-    chosen = {row["method"]: row["rate"] for row in rows if row["role"] == "map" and row["budget"] == 0.25}
-    assert {name for name in METHODS if chosen[name] == 0.032} == {"hyper-prompt", *RIVALS}
-    at_one = [difference(methods, "lora-mixture") for cell, methods in cells.items() if cell[0] == 1]
-    assert len(at_one) == 6 and all(lead.mean > 0 > lead.low and len(lead.values) == 3 for lead in at_one)
-    few = {cell: methods for cell, methods in cells.items() if cell[0] == 0.25}
-    assert all(
-        mean_of(m["lora-mixture"], "hypervolume") == max(mean_of(m[name], "hypervolume") for name in METHODS)
-        for cell, m in cells.items()
-        if cell[0] == 1
-    )
-    assert (round(min(x.mean for x in at_one)), round(max(x.mean for x in at_one))) == (2, 28)
-    assert {lead.rival for lead in at_one} == {"dpo-soup"}
-    at_few = [max(RIVALS, key=lambda name, m=methods: mean_of(m[name], "hypervolume")) for methods in few.values()]
-    assert at_few == ["dpo-soup"] * 6
-    assert all(difference(methods, "lora-mixture").mean < 0 for methods in few.values())
-    tried = {
-        row["rate"]: round(row["hypervolume"], 3)
-        for row in rows
-        if (row["role"], row["method"], row["budget"]) == ("rate", CONDITIONED[0], 0.25)
-    }
-    assert (tried[0.008], tried[0.032]) == (0.594, 0.588)
-    better = [
-        row["hypervolume"] > few[0.25, row["spread"], row["conflict"]]["lora-mixture"][row["seed"]]["hypervolume"]
-        for row in rows
-        if row["role"] == "check"
-    ]
-    assert len(better) == 18 and sum(better) > 9
+    cells, soup = by_cell(rows), "dpo-soup"
+    seeds = {0.25: 10, 1.0: 5, 4.0: 1}
+    assert len(cells) == 18 and all(len(m[OURS]) == seeds[cell[0]] for cell, m in cells.items())
+    rivals = {cell: difference(m, OURS) for cell, m in cells.items()}
+    assert sum(lead.mean > 0 for lead in rivals.values()) == 14
+    (behind,) = (cell for cell, lead in rivals.items() if lead.mean < -2)
+    worst = rivals[behind]
+    assert behind == (1.0, 3.0, 0.2) and round(worst.mean, 1) == -4.1 and worst.low < 0 < worst.high
+    prompts = {cell: difference(m, OURS, ("hyper-prompt",)).mean > 0 for cell, m in cells.items()}
+    assert sum(prompts.values()) == 16 and all(prompts[cell] for cell in cells if cell[0] < 4)
+    few = {cell[1:]: lead for cell, lead in rivals.items() if cell[0] == 0.25}
+    assert {lead.rival for lead in few.values()} == {soup}
+    assert all(few[spread, 0.2].mean > 10 and abs(few[spread, 1.0].mean) <= 1.05 for spread in (1.0, 3.0))
+    odd = cells[0.25, 3.0, 0.6]
+    assert mean_of(odd[soup], "hypervolume") > mean_of(odd[OURS], "hypervolume") and few[3.0, 0.6].mean > 0
+    rate = {(row["budget"], row["method"]): row["rate"] for row in rows if row["role"] == "map"}
+    assert all(rate[budget, OURS] == rate[budget, soup] / 2 for budget in seeds)
+    slow: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        if row["role"] == "check" and row["rate"] == 0.008:
+            slow.setdefault((0.25, row["spread"], row["conflict"]), {})[row["seed"]] = row
+    assert len(slow) == 6
+    assert all(difference({**cells[cell], OURS: each}, OURS).mean < 0 for cell, each in slow.items())
     variants = [difference(m, INFLUENCE, ("hyper-prompt",)) for m in cells.values() if INFLUENCE in m]
     assert len(variants) == 2 and all(lead.low < 0 < lead.high for lead in variants)
