@@ -8,11 +8,12 @@
 The axes are those of `bench.who_wins`: the budget of optimizer steps (of all models of a method together), the
 sharpness of the true preferences (`spread`) and the conflict of the objectives. `bench.who_wins_language_cells` says
 what the data are and what each method trains. Each method has the learning rate that is best for it at each budget, out
-of `RATES`, on data of a seed that is not in the map.
+of `RATES`, on average over `RATE_SEEDS` seeds that are not in the map.
 
 Rows (by default DIR/rows.jsonl) has a line for each cell, seed and method, written when it is done: a run that was
-stopped goes on where it was. Seeds are the outermost loop. `VARIANT_CELLS` also have a variant of the hyper prompt.
-DIR/map.md and DIR/map.png are written at the end.
+stopped goes on where it was. Rates come first; where another one turns out best, the map is trained again with it.
+Seeds are the outermost loop. `VARIANT_CELLS` also have a variant of the hyper prompt. DIR/map.md and DIR/map.png are
+written at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import dataclasses
 import json
 import sys
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ from bench.who_wins_language_cells import INFLUENCE, METHODS, Problem, Sizes, ru
 from mopl import _terminal
 
 SEEDS = 3
-RATES = (2e-3, 8e-3, 3.2e-2)
-RATE_SEED, RATE_CELL = 1000, (1.7, 0.6)  # where learning rates are chosen: spread and conflict
+_FIVE = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+RATES = {0.25: _FIVE, 1.0: _FIVE, 4.0: (2e-3, *_FIVE)}  # by budget; none is best at an end
+RATE_CELL = (1.7, 0.6)  # where learning rates are chosen: spread and conflict
+FIRST_RATE_SEED = 1000  # and above; the map's are below
+RATE_SEEDS = {0.25: 4, 1.0: 4, 4.0: 1}  # how many, by budget
 VARIANT_CELLS = ((0.25, 3.0, 1.0), (1.0, 3.0, 1.0))
 SECONDS_A_STEP = 0.02  # until there are rows that say
 
@@ -76,7 +79,7 @@ def _run(given: argparse.Namespace) -> int:
     file = given.rows or given.out / "rows.jsonl"
     rows = who_wins.read_rows(file, sizes)  # type: ignore[arg-type]  # any dataclass of sizes does
     if given.report:
-        return who_wins_language_map.report(given.out, rows)
+        return who_wins_language_map.report(given.out, of_best_rates(rows))
     todo = jobs(cells, given.seeds) if given.check is None else checks(cells, given.seeds, *given.check)
     least = round(min(cell[0] for cell in cells) * sizes.steps)
     if least < max(sizes.points, 2):
@@ -84,8 +87,7 @@ def _run(given: argparse.Namespace) -> int:
             f"--sizes has steps={sizes.steps}, which is {least} at budget {min(cell[0] for cell in cells):g}, but "
             f"dpo-ls trains {sizes.points} models; raise steps"
         )
-    done = {_key_of(row) for row in rows}
-    missing = [job for job in todo if _key(*job) not in done]
+    missing = lacking(todo, rows)
     print(
         f"{len(todo)} trainings of a method, of which {len(todo) - len(missing)} are there; {len(missing)} to do, "
         f"about {remaining(missing, rows, sizes) / 60:.0f} minutes of one core"
@@ -95,20 +97,24 @@ def _run(given: argparse.Namespace) -> int:
     for folder in (given.out, file.parent):
         folder.mkdir(parents=True, exist_ok=True)
     work(missing, rows, file, sizes)
-    return who_wins_language_map.report(given.out, rows)
+    work(lacking(todo, rows), rows, file, sizes)  # the map where the rates that came first say another one
+    return who_wins_language_map.report(given.out, of_best_rates(rows))
 
 
 def jobs(cells: list[tuple[float, float, float]], seeds: int) -> list[Job]:
     """Return everything to train: rates first, then the map by seeds, in some cells with the variant."""
     budgets = sorted({cell[0] for cell in cells})
     variant = [cell for cell in VARIANT_CELLS if cell in cells]
-
-    def rates(budgets: Any, methods: Any) -> list[Job]:
-        return [(Cell(b, *RATE_CELL, RATE_SEED), name, rate) for b, name, rate in product(budgets, methods, RATES)]
-
+    tried = [(b, name) for b in budgets for name in METHODS] + [(cell[0], INFLUENCE) for cell in variant]
+    rates: list[Job] = [
+        (Cell(budget, *RATE_CELL, FIRST_RATE_SEED + number), name, rate)
+        for number in range(max(RATE_SEEDS.values()))
+        for budget, name in tried
+        for rate in RATES[budget]
+        if number < RATE_SEEDS[budget]
+    ]
     return [
-        *rates(budgets, METHODS),
-        *rates(sorted({cell[0] for cell in variant}), (INFLUENCE,)),
+        *rates,
         *(
             (Cell(*cell, seed), method, None)
             for seed in range(seeds)
@@ -131,13 +137,25 @@ def checks(cells: list[tuple[float, float, float]], seeds: int, method: str, rat
 
 def _key(cell: Cell, method: str, rate: float | None) -> tuple[Any, ...]:
     """Return what identifies a row; a rate that is given at a seed of the map is a check."""
-    role = "map" if rate is None else "rate" if cell.seed == RATE_SEED else "check"
+    role = "map" if rate is None else "rate" if cell.seed >= FIRST_RATE_SEED else "check"
     return (role, *dataclasses.astuple(cell), method, rate)
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     rate = None if row["role"] == "map" else row["rate"]
     return (row["role"], *(row[axis] for axis in who_wins.AXES), row["seed"], row["method"], rate)
+
+
+def lacking(todo: list[Job], rows: list[dict[str, Any]]) -> list[Job]:
+    """Return what there are no rows of yet, or in the map only rows of a rate that is not the best one by now."""
+    done = {_key_of(row) for row in of_best_rates(rows)}
+    return [job for job in todo if _key(*job) not in done]
+
+
+def of_best_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows without those of the map whose learning rate is not the best one where rates are chosen."""
+    chosen = {key: best_rate(rows, *key) for key in {(r["budget"], r["method"]) for r in rows if r["role"] == "rate"}}
+    return [r for r in rows if r["role"] != "map" or r["rate"] == chosen.get((r["budget"], r["method"]), r["rate"])]
 
 
 def work(missing: list[Job], rows: list[dict[str, Any]], file: Path, sizes: Sizes) -> None:
@@ -164,9 +182,12 @@ def work(missing: list[Job], rows: list[dict[str, Any]], file: Path, sizes: Size
 
 
 def best_rate(rows: list[dict[str, Any]], budget: float, method: str) -> float:
-    """Return the learning rate with the largest hypervolume where rates are chosen."""
-    tried = [row for row in rows if row["role"] == "rate" and (row["budget"], row["method"]) == (budget, method)]
-    return max(tried, key=lambda row: row["hypervolume"])["rate"]
+    """Return the learning rate with the largest mean hypervolume over the seeds where rates are chosen."""
+    tried: dict[float, list[float]] = {}
+    for row in rows:
+        if row["role"] == "rate" and (row["budget"], row["method"]) == (budget, method):
+            tried.setdefault(row["rate"], []).append(row["hypervolume"])
+    return max(tried, key=lambda rate: sum(tried[rate]) / len(tried[rate]))
 
 
 def remaining(missing: list[Job], rows: list[dict[str, Any]], sizes: Sizes) -> float:

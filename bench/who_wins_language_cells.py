@@ -17,6 +17,7 @@ models, as in `bench.who_wins_cells`. Models, losses, sampling and optimizer are
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import time
@@ -37,7 +38,7 @@ from mopl.alignment.evaluate import REFERENCE_FACTOR
 from mopl.alignment.methods import AlignSource, scored_for
 from mopl.conditioning.hyper_prompt import PREFIX_STD
 from mopl.conditioning.samplers import dirichlet_weights, fixed
-from mopl.experiments.cos_dpo import modpo_loss, scalarized_loss, vertices
+from mopl.experiments.cos_dpo import Score, Scored, StepBatch, modpo_loss, scalarized_loss, vertices
 from mopl.experiments.methods import Method
 from mopl.experiments.response_loss import ResponseLoss
 from mopl.language_models import models
@@ -81,6 +82,27 @@ class Sizes:
 BETA = 0.5
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How a conditioned model is trained otherwise than in the map; see `bench.who_wins_language_tried`."""
+
+    concentration: float | None = None  # of the weights; None: that of `mopl align`
+    balanced: bool = False  # weights of a step are drawn in turns of each other
+    alone: bool = False  # each list counts at each objective alone, too, in a pass for each of these
+
+
+def also_alone(score: Score) -> Score:
+    """Return what scores a batch at its weights, and in m more passes at each objective alone."""
+
+    def scored(model: nn.Module, batch: StepBatch) -> Scored:
+        count, m = batch.weights.shape
+        ends = [row.expand(count, m) for row in torch.eye(m)]
+        alone = torch.stack([score(model, dataclasses.replace(batch, weights=w)).scores for w in ends], 1)
+        return dataclasses.replace(score(model, batch), alone=alone)
+
+    return scored
+
+
 @functools.lru_cache(maxsize=1)  # all spreads and conflicts of a seed have the same
 def base_model(sizes: Sizes, seed: int, prompts: tuple[tuple[int, ...], ...]) -> Any:
     """Return a random model that says with meaningless tokens in front what it says without; it is frozen and fused.
@@ -116,7 +138,7 @@ class Problem:
     """Rewards, lists, reference and optimum of one spread, conflict and seed; all budgets and methods share them."""
 
     def __init__(self, spread: float, conflict: float, seed: int, sizes: Sizes) -> None:
-        self.sizes, self.seed = sizes, seed
+        self.sizes, self.seed, self.trial = sizes, seed, Trial()
         self.random = np.random.default_rng([seed, 1])
         self.rewards = spread * _rewards(np.random.default_rng([seed, 2]), sizes.prompts, conflict)  # (P, Y, m)
         self.grid = weight_grid(2, sizes.points)
@@ -224,14 +246,18 @@ class Problem:
             start(model)
         loss = ResponseLoss(labels=("l1", "l1"))
         if experts is None:
-            step_loss = scalarized_loss(scored_for(loss), loss, NAMES, common_beta=BETA)
+            score = scored_for(loss)
+            if weights is None and self.trial.alone:
+                score = also_alone(score)
+            step_loss = scalarized_loss(score, loss, NAMES, common_beta=BETA)
         else:
             assert weights is not None
             anchor = int(weights.argmax())
             step_loss = modpo_loss(scored_for(loss), loss, anchor, NAMES[anchor])
         if weights is None:
             sampler = dirichlet_weights(
-                2, batch, concentration=config.concentration, per=config.weights_per, seed=self.seed
+                2, batch, concentration=self.trial.concentration or config.concentration, per=config.weights_per,
+                seed=self.seed, balanced=self.trial.balanced,
             )  # fmt: skip
         else:
             sampler = fixed(weights.float(), batch)

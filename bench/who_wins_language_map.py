@@ -86,7 +86,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
             "several seeds, "
             f"in {sum(x.low > 0 for x in leads)} with an interval above 0; behind in "
             f"{sum(x.mean < 0 for x in leads)}, in {sum(x.high < 0 for x in leads)} with an interval below 0; "
-            f"at worst {worst.mean:+.1f} %"
+            f"more than 2 % behind in {sum(x.mean < -2 for x in leads)}, at worst {worst.mean:+.1f} %"
         )
     for budget in sorted({cell[0] for cell in cells}):
         here = [methods for cell, methods in cells.items() if cell[0] == budget]
