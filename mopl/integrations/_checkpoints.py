@@ -41,10 +41,10 @@ class CheckedTrainer(Trainer):
             NotImplementedError: If one does not work here.
         """
         started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
-        if started > 1 and self.args.world_size == 1 and not torch.accelerator.is_available():
+        if started > 1 and self.args.world_size == 1:
             raise ValueError(
-                f"this is one of {started} processes, but there is no GPU and use_cpu is False, so that transformers "
-                "takes each of them for the only one; pass use_cpu=True"
+                f"this is one of {started} processes, but transformers takes each of them for the only one, because "
+                "there is no GPU (or Apple's alone) and use_cpu is False; pass use_cpu=True"
             )
         super().create_accelerator_and_postprocess()
         complete_zero_settings(self.accelerator, self.args)
@@ -53,7 +53,8 @@ class CheckedTrainer(Trainer):
         """Train, as `Trainer` does it.
 
         Raises:
-            ValueError: If no parameter of the model is trained, or DeepSpeed has prepared it for evaluation alone.
+            ValueError: If no parameter of the model is trained, or DeepSpeed has prepared it for evaluation alone or
+                another training.
             RuntimeError: If DeepSpeed would update what the loss of a step, or of a process, does not depend on.
         """
         engine = getattr(self, "deepspeed", None)
@@ -61,6 +62,11 @@ class CheckedTrainer(Trainer):
             raise ValueError(
                 "evaluate() or predict() came before train(), for which DeepSpeed made an engine without an optimizer; "
                 "pass eval_on_start=True in its place, or make another trainer for the training"
+            )
+        if engine is not None and self.model_wrapped is engine and self.model_init is None:
+            raise ValueError(
+                "this trainer has trained before, and under DeepSpeed transformers trains once with each; make another "
+                "trainer, of another model or of what save_model() has written"
             )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(

@@ -133,12 +133,12 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
     if _fsdp_was_asked_for():
         # By default accelerate's launcher lets all processes but one load empty parameters.
         disable_fsdp_ram_efficient_loading()
-    # By itself it would take each process of several for the only one where there is no GPU.
+    # By itself it would take each process of several for the only one where there is no GPU, or Apple's alone.
     alone = int(os.environ.get("WORLD_SIZE") or 1) == 1 or "LOCAL_RANK" not in os.environ
+    device = torch.accelerator.current_accelerator(check_available=True)
+    shared = device is not None and device.type != "mps"
     with hidden_from_accelerate():
-        accelerator = Accelerator(
-            mixed_precision=mixed_precision, cpu=cpu or not (alone or torch.accelerator.is_available())
-        )
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu or not (alone or shared))
     sharded = fsdp_plugin(accelerator) is not None or zero_settings(accelerator) is not None
     if sharded and not sharding:
         raise NotImplementedError(

@@ -57,8 +57,12 @@ class UsedParameters:
         self._all: set[int] = set()
         self._before: set[int] = set()
         self._hooks = [p.register_hook(functools.partial(self._note, number)) for number, (_, p) in enumerate(trained)]
-        self._zero, self._sum = zero, zero.independent_gradient_partition_epilogue
-        zero.independent_gradient_partition_epilogue = self._compare
+        self._parameters = [p for _, p in trained]
+        # Stage 1 with bf16 and gradients in float32 has another optimizer, which sums them up as one and needs no
+        # comparison before.
+        self._zero, self._sum = zero, getattr(zero, "independent_gradient_partition_epilogue", None)
+        if self._sum is not None:
+            zero.independent_gradient_partition_epilogue = self._compare
 
     def _note(self, number: int, _: Tensor) -> None:
         self._now.add(number)
@@ -78,15 +82,29 @@ class UsedParameters:
                 )
         self._all |= self._now
         self._now.clear()  # stage 1 sums up the parts of a step once, the others each part
-        self._sum()
+        if self._sum is not None:
+            self._sum()
+
+    def recall(self) -> None:
+        """Take what a checkpoint had momentum for as what has had a gradient; every process must call it."""
+        counts = torch.tensor([_has_momentum(p, self._zero) for p in self._parameters], dtype=torch.int32)
+        if self._processes > 1:
+            counts = counts.to(self._device)
+            torch.distributed.all_reduce(counts)  # each has the state of its share alone
+        self._before.update(counts.nonzero().flatten().tolist())
 
     def check(self, *, unless_unchanged: bool = False) -> None:
         """Check that nothing is without a gradient, then begin anew.
 
         Args:
             unless_unchanged: Allow what an update leaves as it is: it has had no gradient since the first update of
-                this training (no momentum), and nothing has weight decay.
+                this training (no momentum, see `recall`), and nothing has weight decay.
+
+        Raises:
+            RuntimeError: If something is, or if processes have gradients of different parameters.
         """
+        if self._sum is None:
+            self._compare()
         missing = set(range(len(self._names))) - self._all
         if unless_unchanged and not any(group.get("weight_decay") for group in self._zero.optimizer.param_groups):
             missing &= self._before
@@ -105,8 +123,28 @@ class UsedParameters:
         """Take the hooks off the parameters, and the comparison off the engine's optimizer."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._parameters = [], []
         self._zero.__dict__.pop("independent_gradient_partition_epilogue", None)
+
+
+def _has_momentum(parameter: Any, zero: Any) -> bool:
+    """Return whether the optimizer has momentum that is not zero for this process's share of a parameter."""
+    if hasattr(parameter, "ds_id"):  # stage 3
+        place = zero.grad_position.get(zero.get_param_id(parameter))
+        if place is None:  # the optimizer is not told of it
+            return False
+        number, start, length = place
+        flat = zero.fp32_partitioned_groups_flat[number]
+    else:
+        share = getattr(parameter, "_hp_mapping", None)
+        if share is None:  # in the share of another process
+            return False
+        groups = getattr(zero, "single_partition_of_fp32_groups", None)
+        flat = (zero.fp32_groups_flat_partition if groups is None else groups)[share.param_group_index]
+        start, length = share.hp_fragment_address.start, share.hp_fragment_address.numel
+    state = zero.optimizer.state.get(flat, {})
+    found = [state[name] for name in ("exp_avg", "momentum_buffer") if torch.is_tensor(state.get(name))]
+    return any(bool(one.flatten()[start : start + length].any()) for one in found)
 
 
 class CheckedSteps:
@@ -115,24 +153,24 @@ class CheckedSteps:
     Args:
         engine: DeepSpeed's, for a training, with any stage of ZeRO.
         accelerator: accelerate's.
+
+    The optimizer's state must be there, as a checkpoint has it.
     """
 
     def __init__(self, engine: Any, accelerator: Any) -> None:
-        self.engine, self._step, self._used = engine, engine.step, None
-        if hasattr(engine.optimizer, "independent_gradient_partition_epilogue"):
-            leaves = getattr(engine.optimizer, "leaf_parameters", {}).values()
-            ignored = itertools.chain.from_iterable(leaves)
-            self._used = UsedParameters(engine.module, engine.optimizer, accelerator, ignored)
+        self.engine, self._step = engine, engine.step
+        leaves = getattr(engine.optimizer, "leaf_parameters", {}).values()
+        ignored = itertools.chain.from_iterable(leaves)
+        self._used = UsedParameters(engine.module, engine.optimizer, accelerator, ignored)
+        self._used.recall()
         engine.step = self._checked
 
     def _checked(self, *args: Any, **kwargs: Any) -> None:
-        if self._used is not None:
-            self._used.check(unless_unchanged=True)
+        self._used.check(unless_unchanged=True)
         self._step(*args, **kwargs)
         clear_gradients(self.engine.optimizer)
 
     def clear(self) -> None:
         """Leave the engine as it was."""
         self.engine.__dict__.pop("step", None)
-        if self._used is not None:
-            self._used.clear()
+        self._used.clear()

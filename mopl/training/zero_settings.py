@@ -83,8 +83,8 @@ def check_config(given: Any = None, *, trainer: bool = True) -> None:
     """Raise where DeepSpeed's config has another form than accelerate and transformers take for granted.
 
     Args:
-        given: A dictionary or the path of a file; by default the file that accelerate's launcher was told. What is
-            neither is left to accelerate.
+        given: A dictionary, its JSON or the path of a file; by default the file that accelerate's launcher was told.
+            What is none of these is left to accelerate.
         trainer: Whether transformers will read it, too.
 
     Raises:
@@ -93,11 +93,12 @@ def check_config(given: Any = None, *, trainer: bool = True) -> None:
     if given is None and deepspeed_was_asked_for():
         given = os.environ.get(_FILE, "none")
     if isinstance(given, str | os.PathLike):
-        if not Path(given).is_file():
-            return
+        file = os.path.isfile(given)  # not of `Path`, for which a long JSON would be an OSError
         try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
+            given = json.loads(Path(given).read_text(encoding="utf-8") if file else os.fspath(given))
         except ValueError as error:
+            if not file:
+                return
             raise ValueError(f"DeepSpeed's settings in {given} are no JSON: {error}") from error
     elif not isinstance(given, dict):
         return

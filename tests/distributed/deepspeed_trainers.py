@@ -187,13 +187,51 @@ def left_out(place: Path, stage: int) -> None:
         after = gathered(layer, keep=True)["weight"]  # of which the error may have left a part on its way
         assert message or torch.equal(after, before)
         assert "step" not in trainer.deepspeed.__dict__, "the engine is as it was"
+    again(trainer, "this trainer has trained before")
 
 
-def with_another_layer(used, folder: Path, stage: int):
+def again(trainer, message: str, **more) -> None:
+    try:
+        trainer.train(**more)
+    except (RuntimeError, ValueError) as error:
+        assert message in str(error)
+    else:
+        raise AssertionError(message)
+
+
+def left_out_after_resume(place: Path, stage: int) -> None:
+    """Momentum that a checkpoint has counts; a layer that never had a gradient may stay without one."""
+    more = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
+    for ever in (True, False):
+        folder = place / f"left out, {ever}"
+        one = with_another_layer(lambda step, ever=ever: ever and step == 0, folder, stage, **more, max_steps=1)
+        one.train()
+        two = with_another_layer(lambda step: False, folder, stage, **more)
+        resumed = {"resume_from_checkpoint": str(folder / "checkpoint-1")}
+        if ever:
+            again(two, "does not depend on 1 trained parameter, model.extra.weight", **resumed)
+        else:
+            two.train(**resumed)
+
+
+def gradients_in_float32(place: Path) -> None:
+    """With stage 1 and bf16 DeepSpeed then has another optimizer, for which the same holds."""
+    own = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    first = os.environ["RANK"] == "0"
+    for used, message in (
+        (lambda step: step == 0, "does not depend on 1 trained parameter, model.extra.weight"),
+        (lambda step: first, "model.extra.weight has a gradient in 1 of 2 processes"),
+    ):
+        trainer = with_another_layer(used, place / "float32", 1, deepspeed=config(1, **own), bf16=True)
+        again(trainer, message)
+        assert type(trainer.deepspeed.optimizer).__name__ == "BF16_Optimizer"
+
+
+def with_another_layer(used, folder: Path, stage: int, **more):
     """Return a trainer of a model with a layer that is `used(step)`."""
     model = small.build("plain")
     extra = model.model.extra = torch.nn.Linear(32, 32, bias=False)
-    trainer = sharded_trainers.make("plain", folder, 2, (model, {}), **options(stage))
+    trainer = sharded_trainers.make("plain", folder, 2, (model, {}), **{**options(stage), **more})
 
     def add(_, __, output):
         return output + extra(output) if used(trainer.state.global_step) else output
@@ -245,8 +283,11 @@ def main(place: Path, processes: int, stage: int) -> None:
         if stage == 3:
             evaluated_first(place)
             left_out(place, stage)
+            left_out_after_resume(place, stage)
         if stage == 1:
             left_out(place, stage)
+            left_out_after_resume(place, stage)
+            gradients_in_float32(place)
             return
         for kind in SAVED[stage]:
             here = place / f"zero-{stage}"

@@ -1,5 +1,6 @@
 """Models that take weights, references and checkpoints in the trainers under DeepSpeed's ZeRO, over gloo."""
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -26,6 +27,7 @@ from mopl.integrations.grpo import MultiObjectiveGRPOConfig
 from mopl.integrations.scorers import RewardListConfig
 from mopl.integrations.transformers import MultiObjectiveConfig
 from mopl.integrations.trl import MultiObjectiveDPOConfig
+from mopl.training.zero_settings import check_config
 
 ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"}
 
@@ -91,12 +93,22 @@ def test_settings_of_another_form_are_named_where_transformers_would_end_in_an_a
         arguments(str(tmp_path), deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}})
 
 
-def test_processes_on_cpus_that_would_each_train_alone_are_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+def test_settings_as_a_text_are_read_too_whatever_their_length():
+    settings = {"zero_optimization": {"stage": 2}, "steps_per_print": "x" * 5000}
+    check_config(json.dumps(settings))
+    check_config("eyJ6ZXJvX29wdGltaXphdGlvbiI6IHt9fQ==")  # accelerate reads base64, too
+    settings["zero_optimization"]["offload_optimizer"] = "cpu"
+    with pytest.raises(ValueError, match="offload_optimizer in DeepSpeed's settings is 'cpu' but must be an object"):
+        check_config(json.dumps(settings))
+
+
+@pytest.mark.parametrize("device", [None, "mps"])
+def test_processes_that_would_each_train_alone_are_told_so(tmp_path, monkeypatch, device):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
     trainer = sharded_trainers.make("plain", tmp_path, 1, sharded_trainers.build("plain"))
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"one of 2 processes, but there is no GPU .*; pass use_cpu=True"):
+    with pytest.raises(ValueError, match=r"one of 2 processes, but .* there is no GPU .*; pass use_cpu=True"):
         trainer.create_accelerator_and_postprocess()
 
 
