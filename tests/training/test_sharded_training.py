@@ -122,9 +122,9 @@ def test_ddp_and_one_process_are_not_sharded(monkeypatch):
     assert fsdp_plugin(types.SimpleNamespace(distributed_type="NO", num_processes=1)) is None
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_processes_of_a_launcher_know_of_one_another_where_there_is_no_gpu(monkeypatch, gpu):
-    """accelerate itself takes each for the only one there unless it is told to use CPUs."""
+@pytest.mark.parametrize(("device", "told"), [(None, True), ("mps", True), ("cuda", False), ("xpu", False)])
+def test_processes_of_a_launcher_know_of_one_another_where_there_is_no_gpu(monkeypatch, device, told):
+    """accelerate itself takes each for the only one there, or beside Apple's GPU, unless it is told to use CPUs."""
     made = []
 
     def accelerator(**given):
@@ -132,7 +132,8 @@ def test_processes_of_a_launcher_know_of_one_another_where_there_is_no_gpu(monke
         return types.SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2)
 
     monkeypatch.setattr(accelerate, "Accelerator", accelerator)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    there = None if device is None else torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there)
     for name in ("WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(name, raising=False)
     make_accelerator()
@@ -140,7 +141,7 @@ def test_processes_of_a_launcher_know_of_one_another_where_there_is_no_gpu(monke
     make_accelerator()
     monkeypatch.setenv("LOCAL_RANK", "0")
     make_accelerator()
-    assert made == [False, False, not gpu]
+    assert made == [False, False, told]
 
 
 def test_a_copy_of_a_mixture_of_adapters_is_conditioned_by_itself(tmp_path):
