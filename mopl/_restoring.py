@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import nn
 
+from mopl._modules import modules_of
+
 
 @contextlib.contextmanager
 def modes_kept(*models: nn.Module | None) -> Iterator[None]:
@@ -15,15 +17,19 @@ def modes_kept(*models: nn.Module | None) -> Iterator[None]:
 
     `model.train(before)` would give all of a model's modules the mode of the outermost, a frozen part included.
     """
-    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    before = [(module, module.training) for model in models if model is not None for module in modules_of(model)]
     try:
         yield
     finally:
         for module, training in before:
-            if type(module).__setattr__ is nn.Module.__setattr__:
-                vars(module)["training"] = training  # a tenth of the time: it is no parameter, module or buffer
-            else:
-                module.training = training
+            _set_mode(module, training)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        vars(module)["training"] = training  # a tenth of the time: it is no parameter, module or buffer
+    else:
+        module.training = training
 
 
 @contextlib.contextmanager
@@ -32,8 +38,24 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
     with modes_kept(*models):
         for model in models:
             if model is not None:
-                model.eval()
+                _evaluate(model)
         yield
+
+
+# Where what `train` and `eval` do is known: set the mode of all modules. That of transformers also exchanges kernels for
+# those of the mode, which compute the same; as nothing would exchange them back, they stay.
+_SETTING_MODES = {"torch.nn.modules.module", "transformers.modeling_utils"}
+
+
+def _evaluate(model: nn.Module) -> None:
+    modules = modules_of(model)
+    methods = {method for kind in set(map(type, modules)) for method in (kind.train, kind.eval)}
+    own = any("train" in vars(module) or "eval" in vars(module) for module in modules)
+    if own or any(method.__module__ not in _SETTING_MODES for method in methods):
+        model.eval()  # which sets every mode one level after another, in twenty times the time
+        return
+    for module in modules:
+        _set_mode(module, False)
 
 
 @contextlib.contextmanager

@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._modules import modules_of, parameters_in
 
-def _shards(model: nn.Module) -> list[Any]:
-    """Return the modules of a model that `fully_shard` was applied to."""
+
+def _shards(modules: list[nn.Module]) -> list[Any]:
+    """Return those of a model's modules that `fully_shard` was applied to."""
     package: Any = sys.modules.get("torch.distributed.fsdp")  # without which nothing can be sharded
     if package is None or not hasattr(package, "FSDPModule"):
         return []
-    return [module for module in model.modules() if isinstance(module, package.FSDPModule)]
+    return [module for module in modules if isinstance(module, package.FSDPModule)]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -49,13 +51,15 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 def is_sharded(model: nn.Module) -> bool:
     """Say whether FSDP2 or ZeRO-3 has cut a model, or a part of it, into shards."""
-    return bool(_shards(model)) or any(map(is_partitioned, model.parameters()))
+    modules = modules_of(model)
+    return bool(_shards(modules)) or any(map(is_partitioned, parameters_in(modules)))
 
 
 def _reshard(model: nn.Module) -> None:
-    for module in _shards(model):
+    modules = modules_of(model)
+    for module in _shards(modules):
         module.reshard()
-    cut: list[Any] = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    cut: list[Any] = [parameter for parameter in parameters_in(modules) if is_partitioned(parameter)]
     # The optimizer, or what stands in its place, keeps count of what is whole.
     for engine in {id(p._z3_optimizer): p._z3_optimizer for p in cut if hasattr(p, "_z3_optimizer")}.values():
         engine.parameter_offload.partition_all_parameters()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
 from mopl._extras import require
+from mopl._modules import modules_of
 from mopl._threads import CallOfThread
 
 Place = tuple[nn.Module, str, Tensor]  # a parameter of a module, by name, and a value for it
@@ -311,7 +312,7 @@ def mixed_copies(module: Any) -> MixedCopies | None:
 
 def shared_places(model: nn.Module, values: Mapping[int, Tensor]) -> list[Place]:
     """Return where a model has parameters, told by their ids, that there are values for: all places of a tied one."""
-    own = ((module, name, id(p)) for module in model.modules() for name, p in module._parameters.items())
+    own = ((module, name, id(p)) for module in modules_of(model) for name, p in module._parameters.items())
     return [(module, name, values[key]) for module, name, key in own if key in values]
 
 

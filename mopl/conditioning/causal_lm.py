@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import shape_of
 from mopl._extras import require
+from mopl._modules import modules_of
 from mopl._restoring import requires_grad_kept
 from mopl._sharded import whole_shape
 from mopl._threads import Turns
@@ -78,7 +79,7 @@ def _switched_by_flag(model: Any) -> list[Any] | None:
 
     if type(model.base_model) is not LoraModel or any(config.bias != "none" for config in model.peft_config.values()):
         return None  # a bias that is trained stays as it is, and PEFT warns of it
-    modules = list(model.base_model.modules())
+    modules = modules_of(model.base_model)
     kinds = {kind for kind in set(map(type, modules)) if issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     for kind in kinds - {ModulesToSaveWrapper}:
         switch: Any = getattr(kind, "enable_adapters", None)
