@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -103,9 +104,35 @@ class CallOfThread(threading.local):
     rows: int | None = None  # B of the forward pass under way, beams and samples counted
     tokens: int | None = None  # B T of it
     sequence: Tensor | None = None  # (N,), in a packed row the number of each token's sequence
+    _made: dict[Any, Any] | None = None  # what `once` has made of them
 
     def __reduce__(self) -> tuple[type[CallOfThread], tuple[()]]:
         return CallOfThread, ()
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """All that it is conditioned on, and the size of the forward pass."""
+        return self.conditions, self.rows, self.tokens, self.sequence
+
+    @held.setter
+    def held(self, held: tuple[Any, ...]) -> None:
+        self.conditions, self.rows, self.tokens, self.sequence = held
+        self._made = {}
+
+    def once(self, of: Any, hidden: Tensor, make: Callable[[], T]) -> T:
+        """Return what `make` makes of the conditions for hidden states of a shape, made once for all layers of a call.
+
+        A model with adapters has hundreds of layers, and each would move the same numbers to the GPU. Those that a
+        gradient is asked for are made each time: a layer that is computed again must record what it recorded first.
+        """
+        given = (self.conditions or {}).values()
+        alone = torch.is_grad_enabled() and any(values.requires_grad for values in given)
+        if self._made is None or alone or _measuring.on or torch.compiler.is_compiling():
+            return make()
+        key = (of, self.rows, self.tokens, hidden.shape[:-1], hidden.device, hidden.dtype)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def for_rows(self, hidden: Tensor) -> dict[str, Tensor] | None:
         """Return the conditions of what a module gets or gives, (B, T, d) or of all tokens of all rows (B T, d).

@@ -67,8 +67,9 @@ def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
 
 
 def _scaled(adapter: int, call: CallOfThread, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """Multiply what an adapter adds with its coefficient in each row; a forward hook."""
-    return (output * _share(output, adapter, call).to(compute_dtype(output))).to(output.dtype)
+    """Multiply what an adapter adds, or what all of that follows from, with its coefficient; a forward hook."""
+    share = call.once(adapter, output, lambda: _share(output, adapter, call).to(compute_dtype(output)))
+    return (output * share).to(output.dtype)
 
 
 def _share(output: Tensor, adapter: int, call: CallOfThread) -> Tensor:
@@ -103,13 +104,14 @@ class LoraPart:
         for i, name in enumerate(adapters):
             if name not in self.layer.lora_B:
                 continue
-            last = self.layer.lora_B[name]
+            # B of what A gives times c is c of what B gives; the rank's few numbers take a fraction of the memory traffic.
+            scaled = self.layer.lora_B[name] if self.layer.lora_bias[name] else self.layer.lora_A[name]
             if self.layer.use_dora[name]:
-                last = self.layer.lora_magnitude_vector[name]  # it calls the factors with other things than rows
+                scaled = self.layer.lora_magnitude_vector[name]  # it calls the factors with other things than rows
                 if name != first:
-                    last.register_forward_pre_hook(_without_others, with_kwargs=True)
+                    scaled.register_forward_pre_hook(_without_others, with_kwargs=True)
             # No closure: a deep copy of the mixture must read its own coefficients.
-            last.register_forward_hook(functools.partial(_scaled, i, call))
+            scaled.register_forward_hook(functools.partial(_scaled, i, call))
 
     def values(self, adapters: Sequence[str], shares: Sequence[float]) -> list[Place]:
         """Return the parameters at coefficients, summed in float32 and rounded once."""

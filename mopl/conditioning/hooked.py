@@ -49,8 +49,11 @@ class HookedModel(WeightedModel):
             RuntimeError: Outside of a call of this model.
             ValueError: If the rows of `hidden` are not those of the weights.
         """
-        given = self._call.for_rows(hidden) or {}
-        return {name: values.to(compute_dtype(hidden)) for name, values in given.items()} or None
+        dtype = compute_dtype(hidden)
+        given = self._call.once(
+            "all", hidden, lambda: {n: v.to(dtype) for n, v in (self._call.for_rows(hidden) or {}).items()}
+        )
+        return dict(given) or None
 
     def forward(
         self,
@@ -203,24 +206,17 @@ class _Standing:
     def __init__(self, call: CallOfThread, *held: Any) -> None:
         self.call, self.held, self.before = call, held, []
 
-    def _set(self, held: Any) -> None:
-        self.call.conditions, self.call.rows, self.call.tokens, self.call.sequence = held
-
     def __enter__(self) -> None:
-        self.before.append(_held(self.call))
-        self._set(self.held)
+        self.before.append(self.call.held)
+        self.call.held = self.held
 
     def __exit__(self, *_: object) -> None:
-        self._set(self.before.pop())
+        self.call.held = self.before.pop()
 
 
 def _contexts(call: CallOfThread) -> tuple[Any, Any]:
     """Return what surrounds a layer's forward pass, and its second one with the conditions of now."""
-    return contextlib.nullcontext(), _Standing(call, *_held(call))
-
-
-def _held(call: CallOfThread) -> tuple[Any, ...]:
-    return call.conditions, call.rows, call.tokens, call.sequence
+    return contextlib.nullcontext(), _Standing(call, *call.held)
 
 
 def _measure(call: CallOfThread, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
