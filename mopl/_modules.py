@@ -1,7 +1,7 @@
 """The modules of a model as a list, for what is done in every step of a training.
 
-`nn.Module.modules` hands each module up through a generator for every level above it: 15 ms a walk for the 2,500 modules
-of a small model with adapters, as long as its layers keep a host busy.
+`nn.Module.modules` hands each module up through a generator for every level above it: 6 ms a walk for the 2,500 modules
+of a small model with adapters, whose whole forward pass keeps a host busy for 40 ms.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
         yield
 
 
-# Where what `train` and `eval` do is known: set the mode of all modules. That of transformers also exchanges kernels for
-# those of the mode, which compute the same; as nothing would exchange them back, they stay.
+# Where what `train` and `eval` do is known: set the mode of all modules. That of transformers also exchanges kernels
+# for those of the mode, which compute the same; as nothing would exchange them back, they stay.
 _SETTING_MODES = {"torch.nn.modules.module", "transformers.modeling_utils"}
 
 

@@ -158,7 +158,8 @@ class CallOfThread(threading.local):
         wanted = self.rows if hidden.ndim > 2 else self.tokens
         if rest or self.sequence is not None or len(hidden) != (wanted or len(hidden)):
             raise ValueError(
-                f"weights has {len(values)} rows but a layer sees {tuple(hidden.shape)}; pass one weight vector (m,)"
+                f"weights has {len(values)} rows but a layer sees ({', '.join(map(str, hidden.shape[:-1]))}, ...); "
+                "pass one weight vector (m,)"
             )
         # Beams, and several samples of a row, follow one another.
         return values.repeat_interleave(copies, 0).view(-1, *[1] * (hidden.ndim - 2), values.shape[-1])

@@ -104,7 +104,7 @@ class LoraPart:
         for i, name in enumerate(adapters):
             if name not in self.layer.lora_B:
                 continue
-            # B of what A gives times c is c of what B gives; the rank's few numbers take a fraction of the memory traffic.
+            # B of c times what A gives is c times what B gives, and A gives the few numbers of the rank.
             scaled = self.layer.lora_B[name] if self.layer.lora_bias[name] else self.layer.lora_A[name]
             if self.layer.use_dora[name]:
                 scaled = self.layer.lora_magnitude_vector[name]  # it calls the factors with other things than rows

@@ -186,7 +186,7 @@ def test_rows_that_a_layer_sees_in_another_place_are_refused() -> None:
     config = transformers.XLNetConfig(vocab_size=53, d_model=16, n_layer=2, n_head=2, d_inner=24)
     mixture = adapted(transformers.XLNetLMHeadModel(config), ["layer_1"])
     ids = torch.arange(3, 11)[None].expand(2, -1)  # 8 positions, 2 rows: one is a multiple of the other
-    with pytest.raises(ValueError, match=r"weights has 2 rows but a layer sees \(8, 2, 24\)"):
+    with pytest.raises(ValueError, match=r"weights has 2 rows but a layer sees \(8, 2, \.\.\.\)"):
         mixture(input_ids=ids, weights=ROWS)
 
 

@@ -12,6 +12,7 @@ import transformers
 from tiny_language_models import VOCABULARY, build, conditioned, lora, prompt, tokenizer
 from torch import nn
 
+from mopl._threads import CallOfThread, measuring
 from mopl.conditioning import (
     HyperPromptModel,
     KLWeightCoefficients,
@@ -407,3 +408,35 @@ def test_a_model_whose_biases_an_adapter_trains_is_no_reference():
     model = HyperPromptModel(peft.get_peft_model(build(), config), prompt())
     with model.reference():
         assert torch.equal(logits(model), logits(build()))
+
+
+@pytest.mark.parametrize("weights", [W, ROWS], ids=["of all rows", "of each row"])
+def test_coefficients_are_made_once_a_call_for_all_layers(weights, monkeypatch):
+    model, made = lora_mixture(), []
+    wanted = logits(model, weights=weights)
+    for_rows = CallOfThread.for_rows
+    monkeypatch.setattr(CallOfThread, "for_rows", lambda self, hidden: made.append(1) or for_rows(self, hidden))
+    assert torch.equal(logits(model, weights=weights), wanted)
+    assert len(made) == len(model.adapters)
+    other = logits(model, weights=weights.flip(-1))
+    assert len(made) == 2 * len(model.adapters) and not torch.equal(other, wanted)
+    answers = model.generate(IDS, weights=weights, max_new_tokens=5, min_new_tokens=5)
+    assert len(made) == 4 * len(model.adapters)  # of the prompts, and of all that follows
+    assert torch.equal(answers, model.generate(IDS, weights=weights, max_new_tokens=5, min_new_tokens=5))
+    with measuring():
+        assert torch.equal(logits(model, weights=weights), logits(model, weights=weights.flip(-1)))
+
+
+@pytest.mark.parametrize("kl_weight", [None, torch.tensor([0.3, 0.5, 0.9])], ids=["weights", "kl_weight"])
+def test_gradients_of_what_coefficients_come_from_are_alike_with_checkpoints(kl_weight):
+    rule = None if kl_weight is None else KLWeightCoefficients(0.1, anchor=False)
+    model, found = lora_mixture(coefficients=rule).train(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        given = ROWS.clone() if kl_weight is None else kl_weight.clone()
+        given.requires_grad_()
+        keywords = {"weights": given} if kl_weight is None else {"weights": ROWS, "kl_weight": given}
+        found += torch.autograd.grad(model(IDS, labels=IDS, **keywords).loss, given)
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(*found)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mopl
+from mopl._modules import modules_of, parameters_in
 from mopl._restoring import evaluating, modes_kept, seeded
 
 MOPL = Path(mopl.__file__).parent
@@ -43,6 +44,34 @@ def test_evaluating_means_evaluation():
     model = partly_frozen()
     with evaluating(model):
         assert not any(modes(model))
+
+
+def test_a_module_with_a_mode_of_its_own_is_asked_for_it():
+    class Own(nn.Linear):
+        def train(self, mode=True):
+            asked.append(mode)
+            return super().train(mode)
+
+    asked, model = [], nn.Sequential(Own(2, 2), nn.Dropout())
+    with evaluating(model):
+        assert asked == [False] and not any(modes(model))
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].eval = lambda: asked.append("own")
+    model.eval = lambda: asked.append("outer")
+    with evaluating(model):
+        assert asked == [False, "outer"]
+
+
+def test_modules_are_those_of_torch_in_their_order():
+    shared = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model = nn.ModuleDict(
+        {"a": shared, "b": nn.Sequential(shared[1], nn.Linear(2, 2), shared), "c": nn.Bilinear(1, 1, 1)}
+    )
+    model["b"].register_module("nothing", None)
+    model["c"].register_parameter("nothing", None)
+    model["c"].weight = shared[0].weight
+    assert modules_of(model) == list(model.modules())
+    assert set(parameters_in(modules_of(model))) == set(model.parameters())
 
 
 def test_a_seed_is_for_its_block_only():
