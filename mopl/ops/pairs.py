@@ -253,6 +253,7 @@ def _pairwise_formula(
     clean, beyond = derivatives.finite(scores)
     u = clean + beyond
     d = u[..., :, None] - u[..., None, :] - margin[..., None, None]
+    d = torch.where(pair, d, 0)  # NaN of another pair would reach its gradient
     lost = torch.where(hopeless, weight * torch.inf, 0).sum((-2, -1))
     return lost - torch.where(pair, weight * logsigmoid(d), 0).sum((-2, -1))
 
