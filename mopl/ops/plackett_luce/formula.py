@@ -43,7 +43,7 @@ def formula(given: Lists) -> Tensor:
     floor = torch.finfo(dtype).min / 2  # for what does not exist
     ranked_labels, place, ranked = sort_items(labels, order, valid)
     u = u.expand(place.shape).gather(-1, place)
-    possible = possible.gather(-1, place)
+    possible = possible.expand(place.shape).gather(-1, place)
     if ranked is None:
         ranked = torch.ones_like(possible)
     u, possible = torch.where(ranked, u, floor), possible & ranked
