@@ -72,6 +72,16 @@ def distance_below(top, key, steep):
 
 
 @triton.jit
+def change_with_rate(du, chance, key, highest):
+    """Return what an item adds to the derivative in the temperature; dloss/du sums to 0, so its offset is free.
+
+    Scores of -inf are equal, so what they add among each other, where they have a `chance` to be chosen, is 0 together.
+    """
+    still = (du == 0) | ((key == float("-inf")) & (chance != 0))
+    return tl.where(still, 0.0, du * (key - highest))
+
+
+@triton.jit
 def shrinkage(top, top_below, steep):
     """Return the unit exp(top_below) in units of exp(top): finite also where nothing is below and the rate is 0."""
     return tl.exp(-tl.where(steep == 0, 0.0, distance_below(top, top_below, steep)))

@@ -102,6 +102,7 @@ def pairwise_kernel(
             weight = tl.load(weights + source_weights[:, None] + slot[None, :], mask=inside, other=0).to(dtype)
 
         total = tl.zeros((LISTS,), dtype)
+        lost = tl.zeros((LISTS,), dtype)  # infinite where an item that cannot be chosen stands above one that can
         du = tl.zeros((LISTS, BLOCK), dtype)
         for start in range(0, BLOCK, ROWS):
             one = start + tl.arange(0, ROWS)
@@ -142,6 +143,9 @@ def pairwise_kernel(
             # own - 1 is exactly 0 where the item itself is the largest of its risk set (and alone in its group).
             total += tl.sum(tl.where(charge == 0, 0.0, charge * (down + log1p(aside + (own - 1)))), axis=1)
             if gradient is not None:
+                if temperature_gradient is not None:
+                    hopeless = (row_key == float("-inf")) & (top != float("-inf")) & (charge != 0)
+                    lost += tl.sum(tl.where(hopeless, charge * float("inf"), 0.0), axis=1)
                 factor = tl.where(charge == 0, 0.0, charge / (aside + own))
                 du += tl.sum(factor[:, :, None] * tl.where(same, -aside[:, :, None], share), axis=1)
 
@@ -151,9 +155,9 @@ def pairwise_kernel(
             tl.store(gradient + (target * items)[:, None] + item, tl.where(valid, du, 0.0), mask=known)
             # The distance from the largest score stands for the score itself, because the gradient sums to 0.
             top_key = tl.max(tl.where(valid, key, float("-inf")), axis=1)
-            moves = valid & (du != 0)
+            moves = valid & (du != 0) & (key != float("-inf"))
             if temperature_gradient is not None:
-                drate = tl.sum(tl.where(moves, du * (key - top_key[:, None]), 0.0), axis=1)
+                drate = lost + tl.sum(tl.where(moves, du * (key - top_key[:, None]), 0.0), axis=1)
                 tl.store(temperature_gradient + target, as_key(drate, rate), mask=real)
         source_labels += labels_objective_stride
         source_temperature += temperature_objective_stride

@@ -12,7 +12,7 @@ by one, every step of every scan would be an exchange for every item.
 import triton
 import triton.language as tl
 
-from ._list_rows import as_key, comparable, compose, distance_below, existing, key_at, shrinkage
+from ._list_rows import as_key, change_with_rate, comparable, compose, distance_below, existing, key_at, shrinkage
 from ._math import log1p
 from .plackett_luce_lanes import chain, largest_of_others, neighbour, rows_of_lanes
 from .plackett_luce_untied import untied
@@ -211,7 +211,7 @@ def _tied(
             carried = shrink[r] * carried + passed[r]
             tl.store(gradient + (gradient_row + item[r]), du, mask=valid[r])
             if temperature_gradient is not None:
-                drate += tl.where(du == 0, 0.0, du * (key[r] - highest))
+                drate += change_with_rate(du, own[r], key[r], highest)
         if temperature_gradient is not None:
             tl.store(temperature_gradient + target, as_key(tl.sum(drate, axis=0), rate), mask=real)
 

@@ -22,7 +22,18 @@ its list in blocks; between them the state lies in memory.
 import triton
 import triton.language as tl
 
-from ._list_rows import as_key, compose, distance_below, item_at, key_at, label_at, larger, program, shrinkage
+from ._list_rows import (
+    as_key,
+    change_with_rate,
+    compose,
+    distance_below,
+    item_at,
+    key_at,
+    label_at,
+    larger,
+    program,
+    shrinkage,
+)
 from ._math import log1p, quotient
 
 
@@ -248,7 +259,7 @@ def chain_kernel(
             du = tl.where(valid, chance * arrived + tl.where(charge == 0, 0.0, charge * own), 0.0)
             known = (position < items) & (item >= 0) & (item < items)
             tl.store(gradient + base + item, du, mask=known)
-            drate += tl.where(du == 0, 0.0, du * (key - highest))
+            drate += change_with_rate(du, chance, key, highest)
     tl.store(loss + target, tl.sum(total, axis=0))
     if temperature_gradient is not None:
         change = tl.sum(drate, axis=0)

@@ -19,7 +19,7 @@ an item without a chance is 1 or a unit less, which in a product of thousands wo
 import triton
 import triton.language as tl
 
-from ._list_rows import as_key
+from ._list_rows import as_key, change_with_rate
 from ._math import log1p
 from .plackett_luce_lanes import chain, largest_of_others
 
@@ -112,6 +112,6 @@ def untied(
             carried = forward_shrink[r] * carried + forward_passed[r]
             tl.store(gradient + (gradient_row + item[r]), du, mask=valid[r])
             if temperature_gradient is not None:
-                drate += tl.where(du == 0, 0.0, du * (key[r] - highest))
+                drate += change_with_rate(du, forward_own[r], key[r], highest)
         if temperature_gradient is not None:
             tl.store(temperature_gradient + target, as_key(tl.sum(drate, axis=0), rate), mask=real)

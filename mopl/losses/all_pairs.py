@@ -80,9 +80,9 @@ def pairwise_logistic(
         TypeError: scores are not floating point or the mask is not bool.
         ValueError: shapes do not fit, or a β is not positive; the message says which and what to pass.
     """
-    _, u, y = _prepare(scores, labels, reference, beta, mask, KNOWN)
+    _, u, y, rate = _prepare(scores, labels, reference, beta, mask, KNOWN)
     loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), shared_by_objectives(margin, "margin", y, u, KNOWN))
-    return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
+    return weigh_and_reduce(or_nan(_or_infinite(loss, rate), y, mask), weights, reduction)
 
 
 @renamed_keywords(temperature="beta")
@@ -136,7 +136,7 @@ def lambda_loss(
     check_choice(top_k_rule, ("either", "both"), "top_k_rule")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k} but must be at least 1, or None for all items")
-    x, u, y = _prepare(scores, labels, reference, beta, mask, NOT_INFINITE if normalize else KNOWN)
+    x, u, y, rate = _prepare(scores, labels, reference, beta, mask, NOT_INFINITE if normalize else KNOWN)
     if normalize:
         y = _for_gains(y, mask)
     order = _ranked(labels, y, mask)
@@ -159,7 +159,7 @@ def lambda_loss(
         None if top_k is None else ranks <= top_k,
         top_k_rule == "both",
     )
-    return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
+    return weigh_and_reduce(or_nan(_or_infinite(loss, rate), y, mask), weights, reduction)
 
 
 @renamed_keywords(temperature="beta")
@@ -201,7 +201,7 @@ def approx_ndcg(
             message says which and what to pass.
     """
     check_choice(gain, GAINS, "gain")
-    _, u, y = _prepare(scores, labels, reference, beta, mask, NOT_INFINITE)
+    _, u, y, _ = _prepare(scores, labels, reference, beta, mask, NOT_INFINITE)
     y = _for_gains(y, mask)
     gains = _gains(y, gain, mask, scaled=True)
     ideal = _ideal_dcg(gains, mask, None)  # (B, m, 1)
@@ -220,8 +220,8 @@ def _prepare(
     beta: float | Tensor,
     mask: Tensor | None,
     allowed: Domain,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scores - reference (B, K), u (B, m or 1, K) and labels (B, m, K), NaN where no item exists."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return scores - reference (B, K), u (B, m or 1, K), labels (B, m, K), NaN where no item exists, and β."""
     x, y, rate = prepare(scores, labels, reference, beta, mask, allowed)
     dtype = compute_dtype(x)
     x = x.to(dtype)
@@ -237,7 +237,12 @@ def _prepare(
         offset = x.detach().gather(1, size.argmin(1, keepdim=True))
         # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
         centred = x - torch.where(offset.isfinite(), offset, 0)
-    return x, rate[..., None] * centred[:, None, :], _filled(y.to(dtype), mask, math.nan)
+    return x, pairs.times_beta(centred, rate), _filled(y.to(dtype), mask, math.nan), rate
+
+
+def _or_infinite(loss: Tensor, beta: Tensor) -> Tensor:
+    """Return a loss (B, m) whose derivative in β is infinite where it is."""
+    return loss + beta * torch.where(loss.isinf(), loss.detach(), 0)
 
 
 def _filled(values: Tensor, mask: Tensor | None, nothing: float) -> Tensor:

@@ -37,6 +37,17 @@ from mopl.ops._rows import slices
 _PAIRS_CPU, _PAIRS_GPU = 1 << 17, 1 << 24
 
 
+def times_beta(scores: Tensor, beta: Tensor) -> Tensor:
+    """Return beta * scores (B, m, K) for scores (B, K) and β > 0, (B, m) or (B, 1).
+
+    An infinite score adds nothing to the derivative in β: of finite losses it has a derivative of 0, or of several that
+    are equal, derivatives that sum to 0; 0 times infinity would make it NaN.
+    """
+    clean, _ = derivatives.finite(scores)
+    scores = scores.detach()
+    return beta[..., None] * clean[:, None] + torch.where(scores.isinf(), scores, 0)[:, None]
+
+
 def pairwise_logistic(
     scores: Tensor,  # (B, m, K) or (B, 1, K)
     labels: Tensor,  # (B, m, K)
@@ -106,6 +117,7 @@ def _pairwise_logistic(
             gain, discount = gains[lists], discounts[lists, None]
             weight = (gain[..., rows, None] - gain[..., None, :]).abs_()
             weight *= (discount[..., rows, None] - discount[..., None, :]).abs_().to(u.dtype)
+            pair = pair & (weight != 0)
         # Select, do not multiply by 0: the difference of a pair that does not count may be infinite or NaN.
         loss[lists] += torch.where(pair, weight * -torch.nn.functional.logsigmoid(d), 0).sum((-2, -1))
         if with_gradient:
@@ -248,11 +260,13 @@ def _pairwise_formula(
     if gains is not None and discounts is not None:
         change = (discounts[:, None, :, None] - discounts[:, None, None, :]).abs().to(scores.dtype)
         weight = torch.where(pair, (gains[..., :, None] - gains[..., None, :]).abs() * change, 0)
+        pair = weight != 0
     hopeless = pair & (scores[..., :, None] < scores[..., None, :])
     hopeless = hopeless & ((scores == -torch.inf)[..., :, None] | (scores == torch.inf)[..., None, :])
     clean, beyond = derivatives.finite(scores)
     u = clean + beyond
     d = u[..., :, None] - u[..., None, :] - margin[..., None, None]
+    d = torch.where(pair, d, 0)  # NaN of another pair would reach its gradient
     lost = torch.where(hopeless, weight * torch.inf, 0).sum((-2, -1))
     return lost - torch.where(pair, weight * logsigmoid(d), 0).sum((-2, -1))
 

@@ -41,9 +41,8 @@ def plackett_luce_results(problem: Problem) -> dict[str, Tensor]:
     options = {"order": None, "position_weights": None, "top_k": None, "ties": "breslow", "last_group_free": False}
     order, position_weights, *rule = (options | p.options).values()
     given = Lists(p.scores, p.labels, p.beta, p.mask, order, position_weights, Rule(*rule))
-    loss, gradient, _ = cpu.forward(given, True)
-    present = p.scores if p.mask is None else p.scores.masked_fill(~p.mask, 0)
-    dbeta = p.upstream * (gradient * present[:, None]).sum(-1)
+    loss, gradient, infinite = cpu.forward(given, True, True)
+    dbeta = p.upstream * cpu.beta_gradient(infinite, gradient, p.scores, p.mask)
     return {
         "loss": loss,
         "scores": ((p.upstream * p.beta)[:, :, None] * gradient).sum(1),
@@ -125,6 +124,22 @@ def test_extreme_scores(items: int, scale: float) -> None:
     expected = results(listnet_formula, in_float64(problem), with_labels=True)
     found = results(listwise_cross_entropy, on_device(problem), with_labels=True)
     compare(found, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron", "exact"])
+@pytest.mark.parametrize("items", [3, size(100, 9), size(5_000, 12), *on_a_gpu(30, 1_000)])
+def test_scores_of_minus_infinity(items: int, ties: str) -> None:
+    """They are equal and below all others: ranked against each other they add nothing to the gradient of beta."""
+    for levels in (2, 1000):
+        problem = make(size(1000, 6), 2, items, levels=levels, ties=ties)
+        problem.scores[torch.rand(problem.scores.shape) < 2 / items] = -math.inf
+        problem.scores[:3] = -math.inf
+        if levels == 2:  # where all of them are at the bottom no loss is infinite
+            problem.labels.masked_fill_((problem.scores == -math.inf)[:, None], -1)
+        check_plackett_luce(problem)
+        problem.beta, problem.scores = -problem.beta, -problem.scores
+        problem.options |= {"position_weights": torch.rand(items), "top_k": max(2, items // 2)}
+        check_plackett_luce(problem)
 
 
 @pytest.mark.parametrize("items", [size(100, 5), size(1_000, 11), size(5_000, 12)])

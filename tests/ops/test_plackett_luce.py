@@ -232,6 +232,7 @@ def test_scores_of_minus_infinity_are_equal_and_below_all_others(dtype: torch.dt
     near = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(loss[~lost], finite[~lost], **near)
     torch.testing.assert_close(gradient, expected, **near)
+    assert (of_beta[lost] == math.inf).all()  # also where other scores of -inf are ranked against each other below
     if dtype == F64:  # -2e4 times a gradient that is rounded says little in float32
         torch.testing.assert_close(of_beta[~lost], of_finite[~lost], **near)
 

@@ -230,11 +230,14 @@ def backward(
             _sharpen(du, peak)
             if without:
                 du[empty.all(-1)] = 0
+        if need_labels and without:
+            dlabels.masked_fill_(empty[:, :, None], 0)
     dbeta = du.new_empty(0)
     if need_beta:
         s = scores.to(dtype)
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
-        away = s - s.amax(-1, keepdim=True) if size else s  # du sums to 0, so the origin of the scores is free
+        top = s.amax(-1, keepdim=True) if size else s
+        away = (s - top).masked_fill_(s == top, 0)  # du sums to 0, so the origin of the scores is free
         dbeta = times(du, away[:, None]).sum(-1)
     dscores = _times_beta(du, beta) if need_scores else du.new_empty(0)
     return dscores.to(scores.dtype), dlabels, dbeta.to(beta.dtype)

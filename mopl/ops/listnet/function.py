@@ -117,7 +117,8 @@ def _formula(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, 
     if valid is not None:
         logp = torch.where(valid[:, None], logp, 0)
     lost = torch.where(hopeless & (z != 0), z.detach() * torch.inf, 0).sum(-1)
-    return torch.where(charged[..., 0], lost - (z * logp).sum(-1), 0)
+    # Not a constant: where a loss is infinite, so is its derivative in β.
+    return torch.where(charged[..., 0], rate[..., 0].abs() * lost - (z * logp).sum(-1), 0)
 
 
 _path = partial(path_for, cpu, "mopl.ops.listnet.gpu")

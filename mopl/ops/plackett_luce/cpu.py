@@ -22,13 +22,13 @@ from mopl.ops.plackett_luce.scaled import scaled
 
 
 @in_full_precision
-def forward(given: Lists, need_grad: bool, _need_beta: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, gradient, and nothing in place of β's gradient; the second is empty if not needed."""
+def forward(given: Lists, need_grad: bool, need_beta: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, gradient, and 1 where the loss is infinite, for `beta_gradient`; the last two empty if not needed."""
     scores, labels, beta, mask, order, position_weights, rule = given
     batch, objectives, size = labels.shape
-    loss, gradient, nothing = new_results(scores, labels, need_grad, False)
+    loss, gradient, infinite = new_results(scores, labels, need_grad, need_beta)
     if size < 2 or labels.numel() == 0:
-        return loss.zero_(), gradient.zero_(), nothing
+        return loss.zero_(), gradient.zero_(), infinite.zero_()
     if order is not None:  # which may name an item twice, and leave another one's gradient to chance
         gradient.zero_()
     valid, dtype = existing(mask), loss.dtype
@@ -51,7 +51,9 @@ def forward(given: Lists, need_grad: bool, _need_beta: bool = False) -> tuple[Te
         loss[lists] = some_loss.view(-1, objectives)
         if du is not None:
             gradient[lists].scatter_(-1, place, du.view(place.shape))
-    return loss, gradient, nothing
+    if need_beta:
+        infinite.copy_(loss.isinf())
+    return loss, gradient, infinite
 
 
 @in_full_precision
@@ -60,14 +62,18 @@ def backward(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
     return merge((grad_loss * beta).to(gradient.dtype), gradient)
 
 
-def beta_gradient(gradient: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
+def beta_gradient(infinite: Tensor, gradient: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
     """Return sum_i gradient_bji scores_bi (B, m)."""
     centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
-    # Equal scores of -inf differ by 0: only what their gradients add up to is multiplied by infinity.
-    hopeless = centred == -torch.inf
+    # Scores without a chance, -inf or with a negative beta inf, differ by 0 from each other: only what their gradients
+    # add up to is multiplied by infinity, where one of them stands above others. (The other infinity makes all NaN.)
+    hopeless = centred.isinf()
     own = torch.where(hopeless, gradient, 0)
-    among = own.sum(-1, keepdim=True).abs() <= 1e-5 * own.abs().sum(-1, keepdim=True)
-    return times(gradient, torch.where(hopeless & among, 0, centred)).sum(-1)
+    together = own.sum(-1)
+    lost = (infinite != 0) & (together.abs() > 1e-5 * own.abs().sum(-1))
+    side = torch.where((hopeless & (centred > 0)).any(-1), torch.inf, -torch.inf)
+    found = times(gradient, torch.where(hopeless, 0, centred)).sum(-1)
+    return found + torch.where(lost | together.isnan(), together * side, 0)
 
 
 def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:

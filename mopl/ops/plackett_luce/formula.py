@@ -27,19 +27,23 @@ def formula(given: Lists) -> Tensor:
     valid, s = existing(mask), scores.to(dtype)
     if valid is not None:
         s = torch.where(valid, s, 0)
-    possible = s > -torch.inf
-    top = s.detach().amax(-1, keepdim=True)
-    s, beyond = derivatives.finite(s)
-    away = torch.where(possible, s - torch.where(top.isinf(), 0, top), s)
-    u, ahead = beta.to(dtype)[:, :, None] * away[:, None], possible[:, None]
+    rate = beta.to(dtype)[:, :, None]
+    way = s.detach()[:, None] * rate.detach().sign()
+    possible, undefined = way > -torch.inf, (~(way < torch.inf)).any(-1)
+    if valid is not None:
+        undefined = undefined & (valid.sum(-1, keepdim=True) > 1)
+    origin, finite = torch.where(s.isinf(), -torch.inf, s.detach()).amax(-1, keepdim=True), s.isfinite()
+    s, _ = derivatives.finite(s)
+    away = torch.where(finite, s - torch.where(origin.isinf(), 0, origin), s)
+    u, ahead = rate * away[:, None], possible
     # For -inf stands what is below all others and near enough to them to keep the digits of its own kind.
     lowest = torch.where(ahead, u.detach(), torch.inf).amin(-1, keepdim=True)
     lowest = torch.where(lowest.isinf(), 0, lowest)
-    u = u + torch.where(ahead, beyond[:, None], lowest - 1e3 - 1e-12 * lowest.abs())
+    u = u + torch.where(ahead, 0, lowest - 1e3 - 1e-12 * lowest.abs())
     floor = torch.finfo(dtype).min / 2  # for what does not exist
     ranked_labels, place, ranked = sort_items(labels, order, valid)
     u = u.expand(place.shape).gather(-1, place)
-    possible = possible[:, None].expand(place.shape).gather(-1, place)
+    possible = possible.expand(place.shape).gather(-1, place)
     if ranked is None:
         ranked = torch.ones_like(possible)
     u, possible = torch.where(ranked, u, floor), possible & ranked
@@ -89,7 +93,9 @@ def formula(given: Lists) -> Tensor:
         own = torch.stack([left + mass, rest]).logsumexp(0) - u
     cost = torch.where(charged, weight * torch.where(tied, own, single), 0)
     lost = torch.where(charged & ~possible & (rivals.gather(-1, seen) > 0), weight * torch.inf, 0)
-    loss = (cost + lost).sum(-1).to(result_dtype)
+    # Neither is a constant: where a loss is infinite or NaN, so are derivatives.
+    unknown = torch.where(undefined, torch.nan, 1)
+    loss = (cost.sum(-1) * unknown + rate[..., 0].abs() * (lost.sum(-1) * unknown)).to(result_dtype)
     return torch.where(unknown_labels(labels, mask), torch.nan, loss) if labels.is_floating_point() else loss
 
 

@@ -158,7 +158,7 @@ def _plackett_luce_nll(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss (B, m), gradient (B, m, K), beta_gradient (B, m); the last two are empty if not needed.
 
-    On CPU the last is empty in any case: there it costs as much when the gradient of β is asked for.
+    On a CPU the last says where the loss is infinite: the gradient of β costs as much when it is asked for.
     """
     given = Lists(scores, labels, beta, mask, order, position_weights, Rule(top_k, ties, last_group_free))
     return _path(scores).forward(given, need_grad, need_grad and need_beta)
@@ -166,7 +166,7 @@ def _plackett_luce_nll(
 
 @_plackett_luce_nll.register_fake
 def _(scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad, need_beta=True):
-    return new_results(scores, labels, need_grad, need_grad and need_beta and use_triton(scores))
+    return new_results(scores, labels, need_grad, need_grad and need_beta)
 
 
 @torch.library.custom_op("mopl::plackett_luce_nll_backward", mutates_args=())
@@ -205,7 +205,9 @@ def _backward(ctx, grad_loss, *_):
         if need[0]:
             dscores = _plackett_luce_nll_backward(grad_loss, beta, gradient).to(scores.dtype)
         if need[2]:
-            of_beta = beta_gradient if use_triton(scores) else cpu.beta_gradient(gradient, scores, mask)
+            of_beta = beta_gradient
+            if not use_triton(scores):
+                of_beta = cpu.beta_gradient(beta_gradient, gradient, scores, mask)
             dbeta = (grad_loss * of_beta).sum_to_size(beta.shape).to(beta.dtype)
         return dscores, dbeta
 

@@ -28,8 +28,8 @@ def forward(given: Lists, need_grad: bool, need_beta: bool = True) -> tuple[Tens
     scores, labels, beta, mask, order, position_weights, rule = given
     batch, objectives, items = labels.shape
     loss, gradient, beta_gradient = new_results(scores, labels, need_grad, need_beta)
-    if labels.numel() == 0:
-        return loss.zero_(), gradient, beta_gradient.zero_()
+    if items < 2 or labels.numel() == 0:
+        return loss.zero_(), gradient.zero_(), beta_gradient.zero_()
     ordered = order is not None
     plan = plans.plan(items, loss.itemsize, rule.ties, position_weights is not None, ordered, labels.element_size())
     if ordered and plan.kernel != "fused":
