@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -197,8 +197,13 @@ def judge(results: list[Result], chosen: list[Case], card: Card) -> None:
             own.goal, own.met = "not behind", own.met is not False and times >= 1 - ALIKE
 
 
-def measure(chosen: list[Case], results: list[Result], device: torch.device, seconds: float) -> None:
-    """Fill in measured times: by events on a GPU, cases with a goal first, none begun after so many seconds."""
+def measure(
+    chosen: list[Case], results: list[Result], device: torch.device, seconds: float, keep: Callable[[], None]
+) -> None:
+    """Fill in measured times: by events on a GPU, cases with a goal first, none begun after so many seconds.
+
+    `keep` is called after each, so that what was measured is there if the process is cut off.
+    """
     from bench.limits import times_of
 
     end = time.monotonic() + seconds
@@ -213,6 +218,7 @@ def measure(chosen: list[Case], results: list[Result], device: torch.device, sec
         except Exception as error:
             result.failed = f"{type(error).__name__}: {error}".splitlines()[0][:110]
             print(f"{case.key} failed: {result.failed}", file=sys.stderr)
+        keep()
 
 
 def line(r: Result) -> str:
@@ -274,18 +280,22 @@ def main() -> None:
     if not chosen:
         sys.exit(f"no case contains {options.op!r}")
     results = [evaluate(case, card)[0] for case in chosen]
+
+    def keep() -> None:
+        judge(results, chosen, card)
+        if options.json:
+            rows = [{**asdict(r), "ms": r.ms, "share": r.share} for r in results]
+            described = {"name": card.name, **card.plan._asdict()}
+            write_file(options.json, json.dumps({**about(), "card": described, "results": rows}, indent=1) + "\n")
+
     if options.measure:
-        measure(chosen, results, device, options.seconds)
-    judge(results, chosen, card)
+        measure(chosen, results, device, options.seconds, keep)
+    keep()
     rate, bandwidth = card.rate(2) / 1e12, card.bandwidth / 1e12
     print(f"{card.name}: {rate:.0f} TFLOP/s, {bandwidth:.2f} TB/s; times in ms, predicted")
     print(table(results))
     if any(r.uncounted for r in results):
         print("\n* without the instructions of a kernel; count them: python -m bench.instructions")
-    if options.json:
-        rows = [{**asdict(r), "ms": r.ms, "share": r.share} for r in results]
-        described = {"name": card.name, **card.plan._asdict()}
-        write_file(options.json, json.dumps({**about(), "card": described, "results": rows}, indent=1) + "\n")
     if any(r.failed for r in results):
         sys.exit(1)
 

@@ -8,7 +8,10 @@ few instructions (about 14 forward and 28 backward, for bf16 on an H100), which 
   columns but do not end at one (PADDED), in their last tile alone. The pivot (the row's likeliest target), which every
   sum leaves out, is masked in the one tile that holds it.
 * No element is divided by the temperature. Exponents are differences of capped logits times log2(e) / temperature,
-  formed by one fused multiply-add each, so that only the difference is rounded.
+  formed by one fused multiply-add each, so that only the difference is rounded. What is subtracted was rounded, too:
+  past `FARTHEST` by so much that exp2 could be 0 or infinite. There neighbouring numbers are 64 apart as exponents: a
+  lane that lies below, as one of tokens that a mask has left at -1e10 or -3e38, adds nothing, and in a row whose
+  largest logit lies beyond, only those that equal it have any probability.
 
 Rows that do not count are not read; rows whose upstream gradients are all 0 neither.
 """
@@ -22,6 +25,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 is 0 from here on in either precision; a finite floor keeps 0 * exponent from being NaN where a logit is -inf.
 FLOOR = tl.constexpr(-1e4)
+
+# Exponents in units of log2 whose last digit, of float32 and of float64, is 128.
+FARTHEST = tl.constexpr(2.0**30)
+FARTHEST_WIDE = tl.constexpr(2.0**59)
 
 
 def row_tile(vocabulary: int, itemsize: int, depth: int) -> dict[str, int]:
@@ -94,6 +101,20 @@ def _load(row, v, whole, vocabulary, other, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _others(
+    row, v, start, q, vocabulary, dtype: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr
+):
+    """Return the capped logits at columns `v`, from `start` on; -inf at the pivot and past the vocabulary."""
+    x = _load(row, v, start + SIZE <= vocabulary, vocabulary, float("-inf"), PADDED).to(dtype)
+    x, _slopes = _capped(x, SOFTCAP)
+    if SOFTCAP != 0.0:  # the cap of -inf is finite
+        x = tl.where(v < vocabulary, x, float("-inf"))
+    if (q >= start) & (q < start + SIZE):
+        x = tl.where(v == q, float("-inf"), x)
+    return x
+
+
+@triton.jit
 def _store(out, v, value, whole, vocabulary, PADDED: tl.constexpr):
     """Write one tile of the gradient; see `_load`."""
     value = value.to(out.dtype.element_ty)
@@ -149,24 +170,20 @@ def forward_kernel(
         own = tl.sum(tl.where(j == first, at, 0.0), axis=0)
 
         place = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        farthest: tl.constexpr = FARTHEST_WIDE if dtype == tl.float64 else FARTHEST
         highest = tl.full([WIDTH], float("-inf"), dtype=dtype)  # capped logit
-        anchor = tl.full([WIDTH], float("-inf"), dtype=dtype)  # the same as an exponent
+        anchor = tl.full([WIDTH], -farthest, dtype=dtype)  # the same as an exponent
         total = tl.zeros([WIDTH], dtype=dtype)
         moment1 = tl.zeros([WIDTH], dtype=dtype)
         moment2 = tl.zeros([WIDTH], dtype=dtype)
         for start in range(0, vocabulary, DEPTH * WIDTH):
             v = start + place
-            x = _load(row, v, start + DEPTH * WIDTH <= vocabulary, vocabulary, float("-inf"), PADDED).to(dtype)
-            x, _slopes = _capped(x, SOFTCAP)
-            if SOFTCAP != 0.0:  # the cap of -inf is finite
-                x = tl.where(v < vocabulary, x, float("-inf"))
-            if (q >= start) & (q < start + DEPTH * WIDTH):
-                x = tl.where(v == q, float("-inf"), x)
+            x = _others(row, v, start, q, vocabulary, dtype, SOFTCAP, PADDED, DEPTH * WIDTH)
             highest = tl.maximum(highest, tl.max(x, axis=0))
-            raised = tl.where(highest == float("-inf"), 0.0, highest * rate)
+            raised = tl.maximum(highest * rate, -farthest)
             down = anchor - raised
             scale = tl.exp2(down)
-            anchor = tl.where(highest == float("-inf"), float("-inf"), raised)
+            anchor = raised
             d = tl.fma(x, tl.zeros_like(x) + rate, tl.zeros_like(x) - raised[None, :])
             e = tl.exp2(d)
             if entropy is not None:
@@ -180,7 +197,7 @@ def forward_kernel(
 
         # The lanes meet at the largest maximum.
         top = tl.max(highest, axis=0)
-        level = tl.where(top == float("-inf"), 0.0, top * rate)
+        level = tl.maximum(top * rate, -farthest)
         down = anchor - level
         scale = tl.exp2(down)
         if entropy is not None:
@@ -189,16 +206,30 @@ def forward_kernel(
                 moment2 = tl.sum(scale * (moment2 + drop * (2.0 * moment1 + drop * total)), axis=0) * (LN2 * LN2)
             moment1 = tl.sum(scale * (moment1 + drop * total), axis=0) * LN2
         total = tl.sum(scale * total, axis=0)
+        gap = tl.fma(-own, rate, level) * LN2  # of the level over the pivot, in nats
+        if tl.abs(own * rate) >= farthest:
+            gap = level * LN2 - quotient(own, warmth)
+        low = tl.fma(top, rate, -level) * LN2  # of top / T over the level, which is rounded
+        if (tl.abs(top * rate) >= farthest) & (tl.abs(top) < float("inf")):
+            ties = tl.zeros([WIDTH], dtype=dtype)
+            for start in range(0, vocabulary, WIDTH):
+                v = start + tl.arange(0, WIDTH)
+                x = _others(row, v, start, q, vocabulary, dtype, SOFTCAP, PADDED, WIDTH)
+                ties += tl.where(x == x, (x == top).to(dtype), x)
+            total = tl.sum(ties, axis=0)
+            gap, low = quotient(top - own, warmth), total * 0.0
+            if entropy is not None:
+                moment1 = total * 0.0
+            if variance is not None:
+                moment2 = total * 0.0
 
         # Everything relative to the pivot: a confident row keeps its digits.
         alone = total == 0.0
         log_total = tl.log(tl.where(alone, 1.0, total))
-        gap = tl.fma(-own, rate, level) * LN2  # of the level over the pivot, in nats
         odds = tl.where(alone, float("-inf"), gap + log_total)
         confident = -_softplus(odds)
         # The logsumexp from the larger of its two summands on, in one rounding of its size: the backward pass takes its
         # error for one of every probability, but not the rounding of top / T, which it forms alike.
-        low = tl.fma(top, rate, -level) * LN2  # of top / T over the level, which is rounded
         over_top = (log_total - low) + _softplus(-odds)
         lse = tl.where(odds > 0.0, quotient(top, warmth) + over_top, quotient(own, warmth) - confident)
         tl.store(logsumexp + n, lse)
@@ -214,7 +245,8 @@ def forward_kernel(
             # log p of the others, averaged over them: the level lies log_total + softplus(-odds) under the logsumexp
             mean = below - (log_total + _softplus(-odds))
             others = tl.where(alone | (rest == 0.0), 0.0, rest * mean)
-            impossible = alone & (own == float("-inf"))  # every logit of the row is -inf: there is no distribution
+            # Every logit of the row is -inf, or the pivot is infinite or NaN: there is no distribution.
+            impossible = (alone & (own == float("-inf"))) | ~(own < float("inf"))
             tl.store(entropy + n, tl.where(impossible, float("nan"), -mine - others))
             if variance is not None:
                 apart = gap + below
@@ -261,10 +293,10 @@ def backward_kernel(
     g = tl.zeros([TARGETS], dtype=lse.dtype)
     if grad_logprob is not None:
         g = tl.load(grad_logprob + n * targets + j, mask=counts, other=0.0).to(lse.dtype)
-    l = lse * 0.0
+    l = tl.zeros([], dtype=lse.dtype)
     if grad_logsumexp is not None:
         l = tl.load(grad_logsumexp + n).to(lse.dtype)
-    h = lse * 0.0
+    h = tl.zeros([], dtype=lse.dtype)
     if grad_entropy is not None:
         h = tl.load(grad_entropy + n).to(lse.dtype)
     silent = (tl.max(tl.where(g == 0.0, 0, 1), axis=0) == 0) & (l == 0.0) & (h == 0.0)
@@ -296,7 +328,10 @@ def backward_kernel(
         offset = tl.where(near, confident, -lse)
         factor = -(mine + others) * cold
         peak = (mine * _minus_expm1(confident) - share * others) * cold
-        level = lse * 0.0
+        peak = tl.where(lse == float("-inf"), float("nan"), peak)  # there is no distribution
+        # A finite floor under log p, in units of a logit: p = 0 times log p = -inf would be NaN.
+        floor = (FLOOR - offset) * warmth
+        level = tl.zeros([], dtype=lse.dtype)
         if grad_entropy is not None:
             level = tl.load(entropy + n)
             peak -= tl.where(share == 0.0, 0.0, h * share * (confident + level)) * cold
@@ -306,7 +341,7 @@ def backward_kernel(
             whole = start + DEPTH * WIDTH <= vocabulary
             x = _load(row, v, whole, vocabulary, 0.0, PADDED).to(lse.dtype)
             x, slope = _capped(x, SOFTCAP)
-            x = tl.maximum(x - base, -1e30)  # a finite floor: p = 0 times log p = -inf would be NaN
+            x = tl.maximum(x - base, floor)
             u = x * cold
             u = tl.fma(tl.fma(-u, tl.zeros_like(x) + warmth, x), tl.zeros_like(x) + cold, u)  # x / T to the last digit
             log_p = u + offset

@@ -67,7 +67,7 @@ def logit_gradient_kernel(
         f = (1.0 - bent) * (1.0 + bent)
     if gamma is not None:
         a = a + tl.load(gamma + n) * x
-    value = tl.where(e > 0.0, -e * f * a, 0.0)
+    value = tl.where(e == 0.0, e * a, -e * f * a)  # a NaN stays one; f may be NaN in rows that do not count
     tl.store(out + r * out_stride + c, value.to(out.dtype.element_ty), mask=inside)
 
 

@@ -41,7 +41,9 @@ def launch_forward(
         pivot_logprob = -torch.logaddexp(odds, torch.zeros_like(odds))
         # From the larger of the two summands on.
         over_top = (others + (pivot_logit - top).exp()).log()
-        logsumexp[part] = torch.where(odds > 0, top + over_top, pivot_logit - pivot_logprob).squeeze(1)
+        total = torch.where(odds > 0, top + over_top, pivot_logit - pivot_logprob)
+        nothing = (others == 0) & (pivot_logit == -torch.inf)  # every logit of the row is -inf
+        logsumexp[part] = total.masked_fill(nothing, -torch.inf).squeeze(1)
         relative = torch.where(pivot_logit == -torch.inf, -torch.inf, (own - pivot_logit) + pivot_logprob)
         logprob[part] = relative.masked_fill(~keep, 0)
         if shifted is None:
@@ -50,10 +52,11 @@ def launch_forward(
         # is formed from small numbers: the two, and a pivot far below the others, are rounded to the size of the
         # logits. Without others exp(off) could overflow, times nothing.
         off = torch.where(odds > 16, -over_top, (top - pivot_logit) + pivot_logprob).masked_fill(others == 0, 0)
+        off.clamp_(min=FLOOR)
         scale = off.exp()
         first = (shifted * e).sum(1, keepdim=True)
         mean = scale * (first + off * others) + weighted_by_probability(pivot_logprob, pivot_logprob)
-        entropy[part] = -mean.squeeze(1)
+        entropy[part] = -mean.masked_fill(pivot_logit == torch.inf, torch.nan).squeeze(1)
         if want_variance:
             square = scale * ((shifted.add_(off - mean)).square_() * e).sum(1, keepdim=True)
             square = square + weighted_by_probability((pivot_logprob - mean).square(), pivot_logprob)
@@ -105,7 +108,8 @@ def launch_backward(
             at_pivot = at_pivot - h * weighted_by_probability(pivot_logprob + surprise, pivot_logprob)
             weight = logp.clamp(min=FLOOR).add_(surprise).mul_(-h).add_(factor)
             du = logp.exp_().mul_(weight)
-        du.scatter_(1, pivot, at_pivot)
+        # Without a finite logit there is no distribution.
+        du.scatter_(1, pivot, at_pivot.masked_fill(total == -torch.inf, torch.nan))
         du.scatter_add_(1, column, g.masked_fill(is_pivot, 0))
         if bent is not None:
             du.mul_((1 - bent).mul_(1 + bent))

@@ -115,7 +115,11 @@ def test_every_case_is_measured_at_toy_sizes() -> None:
     """The measured column, tried without a GPU."""
     chosen = [case for case in cases(TOY) if case.op != "linear_kl"]
     results = [evaluate(case, H200)[0] for case in chosen]
-    measure(chosen, results, torch.device("cpu"), seconds=30)
+    kept: list[int] = []
+    measure(
+        chosen, results, torch.device("cpu"), 30, lambda: kept.append(sum(r.measured_ms is not None for r in results))
+    )
+    assert kept == sorted(kept) and kept[0] == 1, "what was measured is kept at once"
     judge(results, chosen, H200)
     assert len(table(results).splitlines()) > len(results)
     assert all(result.measured_ms for case, result in zip(chosen, results, strict=True) if case.make is not None)

@@ -159,6 +159,35 @@ def test_losses_policies_and_divergences_are_checked_too(monkeypatch, module, na
     assert sum(not check["works"] for check in doctor_checks.run_checks()) == 1 + torch.cuda.is_available()
 
 
+def test_with_a_gpu_every_check_is_made_there_too(monkeypatch):
+    """The table of a machine with a GPU, and every problem on fake tensors of one, which no op may leave."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from triton.runtime.jit import JITFunction
+
+    from bench import recording
+    from bench.cards import CARDS
+
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(doctor_checks, "_checked", lambda problem, device: asked.append(device.type) or {})
+        names = [check["name"] for check in doctor_checks.run_checks()]
+    assert names == [f"{name}, {where}" for where in ("CPU", "GPU") for name in doctor_checks.PROBLEMS]
+    assert asked == ["cpu"] * len(doctor_checks.PROBLEMS) + ["cuda"] * len(doctor_checks.PROBLEMS)
+    launched = {}
+    for name, problem in doctor_checks.PROBLEMS.items():
+        seen = recording.Recording()
+        with FakeTensorMode(), recording.Recorder(seen), recording.card(CARDS["H200"]), monkeypatch.context() as patch:
+            patch.setattr(FakeTensor, "cpu", torch.Tensor.cpu)  # problems take what they expect from there
+            patch.setattr(JITFunction, "run", recording.record_triton(seen))
+            op, _, inputs = problem(recording.DEVICE)
+            results = doctor_checks._results(op, inputs)
+        assert len(results) == 1 + len(inputs) and all(each.device.type == "cuda" for each in results)
+        launched[name] = any(launch.kind == "triton" for launch in seen.launches)
+    kernels = ("ListNet", "Plackett-Luce", "log-probabilities from logits", "log-probabilities from hidden states")
+    assert [name for name, any_ in launched.items() if any_] == list(kernels)
+
+
 def test_a_gpu_is_named_with_its_memory_and_the_driver(monkeypatch, tmp_path):
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\n")
     monkeypatch.setattr(doctor_checks, "DRIVER", tmp_path / "version")

@@ -96,6 +96,69 @@ def test_minus_infinite_logits() -> None:
     assert not bool(gradient.isnan().any()) and not bool(gradient[live][:, ::3][~forbidden[live][:, 0]].any())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mask_of_any_size_is_one_of_minus_infinity(dtype: torch.dtype) -> None:
+    """A few allowed tokens; the others at what libraries write there, so that whole lanes hold nothing else."""
+    rows, vocabulary = size(64, 5), size(50257, 300)
+    allowed = torch.randint(vocabulary, (rows, 3), device=DEVICE)
+    spread, target = normal(rows, 3, dtype=dtype), allowed[:, :1]
+    temperature = torch.linspace(0.5, 2, rows, device=DEVICE)
+    found = []
+    for number in (-math.inf, torch.finfo(dtype).min, -1e30, -1e10):
+        logits = torch.full((rows, vocabulary), number, device=DEVICE).to(dtype)
+        logits = logits.scatter(1, allowed, spread).requires_grad_()
+        options = {"temperature": temperature, "return_logsumexp": True, "return_entropy": True}
+        results = gathered_logprob(logits, target, **options)
+        (gradient,) = torch.autograd.grad(sum(part.sum() for part in results), logits)
+        found.append([*results, gradient])
+    exact = (logits.detach().double() / temperature[:, None].double()).log_softmax(-1)
+    torch.testing.assert_close(found[0][0].double(), exact.gather(1, target), rtol=1e-6, atol=1e-6)
+    for run in found[1:]:
+        for ours, wanted in zip(run, found[0], strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)
+    forbidden = logits.detach()[:, :1].fill_(torch.finfo(dtype).min).expand(-1, vocabulary)
+    value = gathered_logprob(forbidden.contiguous(), target)
+    torch.testing.assert_close(value, torch.full_like(value, -math.log(vocabulary)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_temperature_near_zero_takes_the_largest_logit(dtype: torch.dtype) -> None:
+    rows, vocabulary = size(64, 8), size(32000, 300)
+    logits = normal(rows, vocabulary, scale=9.0, dtype=dtype)
+    best = logits.argmax(-1)
+    logits[1::2].scatter_(1, (best[1::2, None] + 7) % vocabulary, logits.amax(-1)[1::2, None])  # two of them
+    temperature = 10.0 ** -torch.arange(rows, device=DEVICE).remainder(8).add(9)
+    target = torch.stack([best, (best + 3) % vocabulary], -1)
+    alone = 1 / (logits == logits.amax(-1, keepdim=True)).sum(-1)
+    for order in (target, target[:, 1:]):  # also where the largest is no target
+        value, entropy = gathered_logprob(logits, order, temperature=temperature, return_entropy=True)
+        wide = temperature.to(value.dtype).double()
+        exact = (logits.gather(1, order).double() - logits.amax(-1, keepdim=True).double()) / wide[:, None]
+        torch.testing.assert_close(value.double(), exact + alone.double().log()[:, None], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(entropy.double(), -alone.double().log(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_without_a_distribution_says_so_and_spoils_no_other() -> None:
+    p = table("flat", torch.float32, 6, size(5000, 60), 1)
+    p["target"] = p["target"].clamp(min=0)
+    p["logits"] = p["logits"].nan_to_num()
+    p["logits"][1], p["logits"][2, 4:], p["logits"][3, 5] = -math.inf, math.nan, math.inf
+    p["target"][3] = 5
+    options = {"return_logsumexp": True, "return_entropy": True}
+    logits = p["logits"].clone().requires_grad_()
+    value, lse, entropy = gathered_logprob(logits, p["target"], **options)
+    assert value[1].item() == -math.inf and lse[1].item() == -math.inf and bool(entropy[1:4].isnan().all())
+    assert bool(value[2:4].isnan().all()) and bool(lse[2].isnan()) and lse[3].item() == math.inf
+    for parts in ([value], [value, lse], [value, entropy], [value, lse, entropy]):
+        given = [p["upstream"], lse.detach(), entropy.detach().nan_to_num()][: len(parts)]
+        (gradient,) = torch.autograd.grad(parts, logits, given, retain_graph=True)
+        assert bool(gradient[1].isnan().any()) and bool(gradient[2].isnan().any()) and bool(gradient[3].isnan().any())
+        assert bool(gradient[[0, 4, 5]].isfinite().all())
+        given = [part.index_fill(0, torch.arange(1, 4, device=DEVICE), 0) for part in given]
+        (gradient,) = torch.autograd.grad(parts, logits, given, retain_graph=True)
+        assert bool(gradient.isfinite().all()) and not bool(gradient[1:4].any())
+
+
 def test_more_than_65536_rows() -> None:
     p = table("flat", torch.bfloat16, size(70_000, 20), size(500, 40), 1)
     exact, truth = softmax_gradient(p, torch.float64, None)

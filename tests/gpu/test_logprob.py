@@ -193,6 +193,19 @@ def test_linear_minus_infinite_logits_are_forbidden_tokens(mode: str) -> None:
         assert not bool(gradient.isnan().any())
 
 
+@pytest.mark.parametrize("keep", [0, 2 * GIB])
+@pytest.mark.parametrize("options", [{"softcap": 15.0}, {"return_entropy": True}, {}], ids=str)
+def test_linear_a_logit_of_nan_is_seen_in_the_gradient_of_the_head(options: dict, keep: int) -> None:
+    p = problem("flat", torch.bfloat16, size(300, 6), size(128, 16), size(3000, 60))
+    p["target"][0], p["hidden"][0, 3] = 1, math.nan
+    leaves = [p[k].detach().clone().requires_grad_() for k in ("hidden", "weight")]
+    value = linear_logprob(*leaves, p["target"], workspace=keep, **options)
+    total = sum(v[1:].sum() + v[0] for v in (value if isinstance(value, tuple) else (value,)))
+    of_hidden, of_weight = torch.autograd.grad(total, leaves)
+    assert bool(of_hidden[0].isnan().all()) and bool(of_hidden[1:].isfinite().all())
+    assert bool(of_weight.isnan().all())
+
+
 @pytest.mark.parametrize("mode", list(NEEDS))
 def test_linear_more_rows_than_a_grid_has_in_its_second_dimension(mode: str) -> None:
     rows, width, vocabulary = size(70_000, 40), size(64, 16), size(1000, 50)
