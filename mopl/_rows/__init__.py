@@ -38,7 +38,7 @@ def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UnsupportedModelError: If the model cannot take such rows.
-        ValueError: If a mask has holes.
+        ValueError: If a mask has holes, or there is one and positions start again inside of what it shows.
     """
     embeds = kwargs.get("inputs_embeds") is not None
     content = kwargs.get("inputs_embeds" if embeds else "input_ids")
@@ -51,25 +51,26 @@ def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     without_positions = {name: value for name, value in kwargs.items() if name != "position_ids"}
     if mask is None:
-        if positions is None or content.shape[0] != 1 or kwargs.get("past_key_values") is not None:
+        if positions is None or kwargs.get("past_key_values") is not None:
             _style(model, "alone", embeds)
             return kwargs
+        if content.shape[0] != 1:
+            if bool(_starts_again(positions).any()):
+                style = _style(model, "packed rows", embeds)
+                return without_positions | packed_keywords(model, style, positions)
+            mask = torch.ones_like(positions).expand(content.shape[:2])
+            told = _told(model, _style(model, "positioned", embeds), mask, positions)
+            return without_positions | ({} if told is None else {"position_ids": told})
         if finding(model, "packed", embeds=embeds).style is None and not bool((positions[:, 1:] == 0).any()):
             return without_positions  # one sequence only
         without_positions.pop("attention_mask", None)
         return without_positions | packed_keywords(model, _style(model, "packed", embeds), positions)
     _check_holes(mask)
+    if positions is not None:
+        _check_one_text(mask[:, -content.shape[1] :], positions)
     style = _style(model, "padded" if positions is None else "positioned", embeds, mask)
-    counted = positions_of(mask)[:, -content.shape[1] :]
-    if style.first is not None:
-        return {**kwargs, "position_ids": (counted if positions is None else positions) + style.first}
-    if positions is not None and bool(
-        (positions.expand_as(counted) != counted)[mask[:, -content.shape[1] :] > 0].any()
-    ):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
-        )
-    return without_positions
+    told = _told(model, style, mask, positions, content.shape[1])
+    return without_positions if told is None else {**kwargs, "position_ids": told}
 
 
 def check_rows(model: Any, *, packed: bool = False, virtual: bool = False, generates: bool = False) -> None:
@@ -119,7 +120,8 @@ def check_from_zero(model: Any) -> None:
 def finding(model: Any, kind: str, *, embeds: bool = False) -> Finding:
     """Return what is known of an arrangement, measuring it the first time; with `embeds` texts come as embeddings.
 
-    Kinds are `"alone"`, `"padded"` (a mask alone), `"positioned"` (a mask and positions), `"packed"`, `"generate"`.
+    Kinds are `"alone"`, `"padded"` (a mask alone), `"positioned"` (a mask and positions), `"packed"` (one row),
+    `"packed rows"` (several), `"generate"`.
     """
     key = (kind, embeds, getattr(model.config, "_attn_implementation", None), embedding_of(model).weight.device.type)
     known: dict[Any, Finding] = model.__dict__.setdefault(_CACHE, {})
@@ -136,13 +138,46 @@ def _style(model: Any, kind: str, embeds: bool, mask: Tensor | None = None) -> S
     return found.style
 
 
+def _told(model: Any, style: Style, mask: Tensor, positions: Tensor | None, length: int | None = None) -> Tensor | None:
+    """Return the positions of the last `length` tokens as a call says them, or None where it says none."""
+    length = mask.shape[1] if length is None else length
+    counted = positions_of(mask)[:, -length:]
+    if style.first is not None:
+        return (counted if positions is None else positions) + style.first
+    if positions is not None and bool((positions.expand_as(counted) != counted)[mask[:, -length:] > 0].any()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
+        )
+    return None
+
+
 def _check_holes(mask: Tensor) -> None:
     """Raise where tokens are masked between others: what predicts the one behind them is nothing that is there."""
     begins = (mask[:, 1:] > mask[:, :-1]).sum(-1) + (mask[:, 0] > 0)
-    message = "attention_mask has holes, zeros between ones; take the tokens out of the row and mask padding only"
-    if mask.device.type == "cuda":
-        torch._assert_async((begins <= 1).all(), message)  # type: ignore[attr-defined]  # raises without a wait
-    elif bool((begins > 1).any()):
+    _check(
+        begins <= 1,
+        "attention_mask has holes, zeros between ones; take the tokens out of the row and mask padding only",
+    )
+
+
+def _starts_again(positions: Tensor) -> Tensor:  # (B, T) -> (B, T - 1)
+    return (positions[:, 1:] == 0) & (positions[:, :-1] > 0)
+
+
+def _check_one_text(mask: Tensor, positions: Tensor) -> None:
+    """Raise where a row is packed and has a mask: it would let each of its sequences see those before it."""
+    seen = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    _check(
+        ~(_starts_again(positions.to(mask.device)) & seen),
+        "position_ids start again inside a row that has an attention_mask, by which its sequences would see one "
+        "another; leave attention_mask out of packed rows",
+    )
+
+
+def _check(right: Tensor, message: str) -> None:
+    if right.device.type == "cuda":
+        torch._assert_async(right.all(), message)  # type: ignore[attr-defined]  # raises without a wait
+    elif not bool(right.all()):
         raise ValueError(message)
 
 

@@ -53,7 +53,9 @@ def measured(model: Any, kind: str, embeds: bool) -> Finding:
             )
         if kind == "alone":
             return Finding(Style())
-        measure = {"packed": probe.packed, "generate": probe.generated}.get(kind, probe.padded)
+        measure = {"packed": probe.packed, "packed rows": probe.packed_rows, "generate": probe.generated}.get(
+            kind, probe.padded
+        )
         tried: list[tuple[Style, _Faults]] = []
         for style in styles(model, kind):
             try:
@@ -86,6 +88,11 @@ def _refusal(kind: str, embeds: bool, tried: list[tuple[Style, _Faults]]) -> Fin
         return Finding(
             None, False, f"cannot take packed {rows}: outputs {fault}; leave packing off (no --packing, packing=False, "
             "padding_free=False), so that rows are padded"
+        )  # fmt: skip
+    if kind == "packed rows":
+        return Finding(
+            None, False, f"cannot take several packed {rows} at once: outputs {fault}; pass one packed row at a time, "
+            "(1, N), or padded rows and their attention_mask"
         )  # fmt: skip
     if kind == "generate":
         remedy = "take a model of another family"
@@ -234,6 +241,20 @@ class _Probe:
         fault = self.fault(one[1], other[1], self.alone[self.long])
         for part in (same[0], same[2]):
             fault = fault or self.fault(part, part, self.alone[self.short])
+        return _Faults(fault, fault)
+
+    def packed_rows(self, style: Style) -> _Faults:
+        """Pass two packed rows, whose sequences part in different places."""
+        n, short, long = self.short, self.tokens[: self.short], self.tokens
+        positions = [torch.arange(length) for length in (n, self.long)]
+        told = torch.stack([torch.cat(positions), torch.cat(positions[::-1])]).to(self.device)
+        found = []
+        for around in self.around:
+            ids = torch.stack([torch.cat([around[:n], long]), torch.cat([around, short])])
+            found.append(self.logits({**self.text(ids), **packed_keywords(self.model, style, told)}))
+        one, other = found
+        fault = self.fault(one[0, n:], other[0, n:], self.alone[self.long])
+        fault = fault or self.fault(one[1, -n:], other[1, -n:], self.alone[n])
         return _Faults(fault, fault)
 
     def generated(self, style: Style) -> _Faults:

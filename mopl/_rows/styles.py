@@ -96,6 +96,8 @@ def styles(model: Any, kind: str) -> list[Style]:
         return [Style(), *(Style(first) for first in starts if kind == "padded" or first)]
     if kind == "positioned":
         return [*(Style(first) for first in starts), Style()]
+    if kind == "packed rows":  # several at once: other ways say where the sequences of one row are
+        return [Style(first, "positions") for first in starts]
     ways = [Style(first, way) for way in ("positions", "varlen", "masks", "block") for first in starts or [None]]
     return [*ways, Style(None, "block")] if takes else [way for way in ways if way.packed != "positions"]
 

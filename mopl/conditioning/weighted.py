@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_beta_given, check_positive, shape_of
-from mopl._rows import generation_keywords, takes_left_padding
+from mopl._rows import UnsupportedModelError, generation_keywords, takes_left_padding
 from mopl.conditioning._saved_kinds import KINDS, SavedModel, registered_kind
 from mopl.conditioning.adapter_checks import check_initialisation
 from mopl.conditioning.causal_lm import DELEGATED, adapters_off, check_wrapped, is_peft
@@ -23,8 +23,8 @@ from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.text_prompt import TextPrompt
 
 __all__ = [
-    "KINDS", "Conditioned", "WeightedModel", "causal_lm_of", "keywords_for_prompts", "reads_left_padding",
-    "registered_kind",
+    "KINDS", "Conditioned", "WeightedModel", "causal_lm_of", "check_packed", "has_own_prompt", "keywords_for_prompts",
+    "reads_left_padding", "registered_kind",
 ]  # fmt: skip
 
 
@@ -319,8 +319,38 @@ def causal_lm_of(model: Any) -> Any:
     return model.get_base_model() if is_peft(model) else model
 
 
+def has_own_prompt(model: Any) -> bool:
+    """Say whether PEFT puts virtual tokens of its own in front of each row, and so drops the positions of a call.
+
+    Args:
+        model: A model, as DDP and the like, or torch's compiler, may have wrapped it.
+    """
+    parts = getattr(model, "_modules", {})
+    while (inside := parts.get("module", parts.get("_orig_mod"))) is not None and not is_peft(model):
+        model, parts = inside, inside._modules
+    if not is_peft(model) or model._adapters_disabled:
+        return False
+    return any(model.peft_config[name].is_prompt_learning for name in model.active_adapters)
+
+
+def check_packed(model: Any) -> None:
+    """Raise where a packed row would get PEFT's virtual tokens once, and be read as one text.
+
+    Raises:
+        UnsupportedModelError: If PEFT puts virtual tokens in front of the model's rows.
+    """
+    if has_own_prompt(model):
+        raise UnsupportedModelError(
+            "PEFT puts virtual tokens in front of a row, not of each sequence that is packed into it, and drops "
+            "position_ids, so that the sequences would see one another; leave packing off (padding_free=False), so "
+            "that rows are padded"
+        )
+
+
 def reads_left_padding(model: Any) -> bool:
     """Say whether a causal language model, or one around it, can read prompts that are padded on the left."""
+    if has_own_prompt(model):  # padding would stand between PEFT's virtual tokens and the text
+        return False
     embeds = isinstance(model, WeightedModel) and model.takes_embeddings
     return takes_left_padding(causal_lm_of(model), embeds=embeds)
 
@@ -329,4 +359,9 @@ def keywords_for_prompts(model: Any, mask: Tensor) -> dict[str, Any]:
     """Return what `generate` is to be told of prompts padded as a mask (B, T) shows; some models tell by themselves."""
     if isinstance(model, WeightedModel) and model.arranges_rows:
         return {}
+    if has_own_prompt(model) and bool((mask[:, 0] == 0).any()):
+        raise UnsupportedModelError(
+            "PEFT puts virtual tokens in front of a row's padding, which moves them away from the text; pass one "
+            "prompt at a time (batch_size=1)"
+        )
     return generation_keywords(causal_lm_of(model), mask)

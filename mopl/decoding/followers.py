@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mopl._rows import arranged
 from mopl._rows.styles import positions_of
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning.weighted import causal_lm_of, has_own_prompt
 
 
 class Follower:
@@ -55,6 +55,9 @@ class Follower:
             mask: (rows, L).
             prompts: How many prompts the rows are copies of, those of one prompt one after another. Beams of a prompt
                 change places: the cache follows.
+
+        Raises:
+            ValueError: If PEFT puts virtual tokens in front of the model's rows.
         """
         device = next(self.model.parameters()).device
         tokens, mask = tokens.to(device), mask.to(device)
@@ -70,6 +73,11 @@ class Follower:
             options = arranged(self._inner, options)
         options |= {name: copies_of(value, tokens) for name, value in self._conditions.items()}
         with self._active():
+            if has_own_prompt(self.model):
+                raise ValueError(
+                    f"the {type(self.model).__name__} has a prompt of PEFT's, which would be put in front of each new "
+                    "token, too; take a model with LoRA or the like, or a plain one, beside the one that generates"
+                )
             output = self.model(use_cache=True, **options)
         self.past, self.tokens = getattr(output, "past_key_values", None), tokens  # some models keep none
         return output.logits[:, -1]

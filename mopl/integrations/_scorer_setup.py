@@ -22,7 +22,7 @@ from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import base_of_adapter
 from mopl.integrations._head_losses import HEAD_LOSSES
 from mopl.integrations._settings import with_help
-from mopl.rewards.writing import LENGTH, RECORD, SequenceWriter, longest_input
+from mopl.rewards.writing import LENGTH, RECORD, SequenceWriter, longest_input, settle_padding
 from mopl.training.zero_settings import check_config
 
 
@@ -163,6 +163,7 @@ def prepare_writer(model: Any, tokenizer: Any, inputs: str, max_length: int | No
     config = model.config
     writer = SequenceWriter(tokenizer, inputs, 0)
     config.pad_token_id = tokenizer.pad_token_id  # decoder models find the last token of a row by it
+    settle_padding(model, tokenizer)
     longest = longest_input(config, tokenizer)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length} but must be at least 1")

@@ -19,7 +19,7 @@ from mopl._hub import naming_own_code
 from mopl._rows import check_rows
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import base_of_adapter
-from mopl.conditioning.weighted import WeightedModel, causal_lm_of
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of, check_packed
 from mopl.experiments.methods import PER_TOKEN
 from mopl.experiments.response_loss import LIKELIHOOD, PairLoss
 from mopl.integrations._data import BETA, REFERENCE_COLUMNS, WEIGHTS, Example, Examples
@@ -309,6 +309,8 @@ def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> No
             f"a {type(model).__name__} has one trade-off for each row, and a packed row holds many lists; pass "
             "padding_free=False"
         )
+    if collator.packed:
+        check_packed(model)
     if not cuts_parameters(accelerator):
         virtual = weighted is not None and weighted.takes_embeddings
         check_rows(causal_lm_of(model), packed=collator.packed, virtual=virtual)

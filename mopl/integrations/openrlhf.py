@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import shape_of
+from mopl.conditioning.weighted import check_packed
 from mopl.integrations._from_logits import entropy_of
 from mopl.ops import gathered_logprob
 
@@ -149,6 +150,7 @@ def actor_forward(
     packed = getattr(self, "packing_samples", False)
     rows: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": positions.masked_fill(~there, 1)}
     if packed:
+        check_packed(self.model)
         rows = {"attention_mask": None, "position_ids": positions[there][None]}
         sequences, targets = sequences[there][None], targets[there][None]
     found = self.model(sequences, **rows, targets=targets, temperature=self.temperature, return_entropy=return_entropy)

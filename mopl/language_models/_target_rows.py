@@ -53,6 +53,11 @@ class TargetRows:
         if segment is not None:
             if segment.shape != input_ids.shape:
                 raise ValueError(f"segment has shape {tuple(segment.shape)} but input_ids {tuple(input_ids.shape)}")
+            if inputs.get("position_ids") is None:
+                raise ValueError(
+                    "batch has segment but no position_ids, without which a model takes a packed row for one text; "
+                    "pass positions (1, T) that start again at 0 with each sequence"
+                )
             # The last token of one sequence must not predict the first of the next.
             crosses = segment[:, :-1] != segment[:, 1:]
             targets[:, :-1] = targets[:, :-1].masked_fill(crosses, IGNORE_INDEX)

@@ -37,6 +37,7 @@ from mopl._rows import UnsupportedModelError, arranged
 from mopl._sharded import is_dtensor, is_partitioned, whole_shape
 from mopl._threads import Turns, in_turn, measuring
 from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.weighted import check_packed
 from mopl.language_models._head_scores import IGNORE_INDEX as IGNORE_INDEX
 from mopl.language_models._head_scores import (
     FusedOutput,
@@ -379,6 +380,8 @@ def score_sequences(
         UnsupportedModelError: if the model gives rows that are padded or packed like this other scores than alone.
     """
     rows = TargetRows.of(batch)
+    if rows.segment is not None:
+        check_packed(model)
     output = model(**rows.inputs, targets=rows.targets, temperature=temperature, **model_kwargs)
     if not isinstance(output, FusedOutput):
         raise ValueError("the model is not fused: call mopl.alignment.fuse(model) on the causal language model first")

@@ -17,7 +17,7 @@ from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._hub import loading
 from mopl.rewards.reward import Prompt, content_key
-from mopl.rewards.writing import INPUTS, LENGTH, RECORD, SequenceWriter, longest_input
+from mopl.rewards.writing import INPUTS, LENGTH, RECORD, SequenceWriter, longest_input, settle_padding
 
 REMEMBERED = 20_000  # texts whose outputs are kept for the other rewards of a model: more than a rollout has
 
@@ -62,6 +62,7 @@ class _Classifier:
         self.writer = SequenceWriter(tokenizer, inputs or getattr(config, RECORD, None) or "text", 0)
         # Decoder models find the last token of a row by their config's pad token.
         config.pad_token_id = tokenizer.pad_token_id
+        settle_padding(self.model, tokenizer)
         self.writer.max_length = max_length or getattr(config, LENGTH, None) or longest_input(config, tokenizer)
         self.batch_size = batch_size
         self.names = {int(number): text for number, text in config.id2label.items()}

@@ -12,7 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mopl._arguments import check_choice
+from mopl._restoring import evaluating, generators_kept
+from mopl._sharded import is_dtensor, is_partitioned
 
 INPUTS = ("text", "pair", "chat")
 RECORD, LENGTH = "mopl_inputs", "mopl_max_length"  # names in a model's configuration
@@ -67,6 +72,58 @@ class SequenceWriter:
             )
         finally:
             self.tokenizer.truncation_side = side
+
+
+def settle_padding(model: Any, tokenizer: Any) -> None:
+    """Let a tokenizer pad on the side on which a classifier gives a row what it gives it alone.
+
+    Many classifiers read the first token of a row, or count positions from the left edge, whatever the mask says; a few
+    read the last. The tokenizer's own side stays unless two short rows show that it is wrong and the other is right.
+
+    Args:
+        model: A sequence-classification model of transformers, whose config knows the padding token.
+        tokenizer: Its tokenizer; `padding_side` may change.
+    """
+    sides = [tokenizer.padding_side, "left" if tokenizer.padding_side == "right" else "right"]
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    if weight is None:
+        return
+    if weight.is_meta or any(is_dtensor(p) or is_partitioned(p) for p in model.parameters()):
+        if getattr(model.config, "model_type", "") != "xlnet":  # which alone reads the last token
+            tokenizer.padding_side = "right"
+        return
+    with evaluating(model), generators_kept(), torch.no_grad():
+        try:
+            own, other = (_off_by(model, tokenizer, side, len(weight)) for side in sides)
+        except Exception:  # it needs more than tokens and a mask; its first batch says what
+            return
+    if own > 0.05 and other < own / 4:
+        tokenizer.padding_side = sides[1]
+
+
+def _off_by(model: Any, tokenizer: Any, side: str, vocabulary: int) -> float:
+    """Return how far the outputs of a row that is padded are from those alone, as a share of those of two rows."""
+    special = set(tokenizer.all_special_ids)
+    tokens = [token for token in range(vocabulary) if token not in special][-9:]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    long, short = [*tokens, *end], [*tokens[::-1][:4], *end]
+    space, none = [tokenizer.pad_token_id] * (len(long) - len(short)), [0] * (len(long) - len(short))
+    kept = [1] * len(short)
+    rows = [long, space + short if side == "left" else short + space]
+    mask = [[1] * len(long), none + kept if side == "left" else kept + none]
+
+    def outputs(ids: list[list[int]], mask: list[list[int]]) -> Tensor:
+        device = model.get_input_embeddings().weight.device
+        given = {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+        found = model(**given).logits
+        if found.ndim != 2:
+            raise ValueError("outputs of tokens and not of rows")
+        return found.double().cpu()
+
+    alone = torch.cat([outputs([row], [[1] * len(row)]) for row in (long, short)])
+    scale = (alone[0] - alone[1]).abs().max().clamp(min=1e-6)
+    return float((outputs(rows, mask) - alone).abs().max() / scale)
 
 
 def longest_input(config: Any, tokenizer: Any) -> int:

@@ -79,6 +79,50 @@ def test_packing_that_mixes_sequences_is_refused_with_the_remedy(family: str) ->
     assert abs(float(score_batch(model, one)[0, 0]) - expected) < 1e-3  # one sequence is no packed row
 
 
+def packed_rows(rows: int) -> dict[str, Tensor]:
+    """Four sequences in two packed rows of equal length, or in one."""
+    sequences = [torch.tensor(row) for row in ([31, 8, 55, 61, 12], [40, 9, 64], [7, 19, 33], [71, 22, 5, 14, 60])]
+    parts = {
+        "input_ids": sequences,
+        "position_ids": [torch.arange(len(row)) for row in sequences],
+        "segment": [torch.full_like(row, number) for number, row in enumerate(sequences)],
+    }
+    batch = {name: torch.cat(part).view(rows, -1) for name, part in parts.items()}
+    return {**batch, "labels": batch["input_ids"]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "jamba", "bloom"])
+def test_several_packed_rows_are_scored_as_their_sequences_alone_or_refused(family: str) -> None:
+    model, batch = fuse(models.build(family)), packed_rows(2)
+    if family in ("llama", "gemma2"):
+        ids, segment = batch["input_ids"].view(-1), batch["segment"].view(-1)
+        rows = [ids[segment == number][None] for number in range(4)]
+        alone = torch.cat([score_sequences(model, {"input_ids": row, "labels": row}).scores for row in rows])
+        torch.testing.assert_close(score_sequences(model, batch).scores, alone, rtol=1e-4, atol=1e-4)
+        return
+    with pytest.raises(UnsupportedModelError, match="pass one packed row at a time"):
+        score_sequences(model, batch)
+
+
+def test_packed_rows_that_a_model_would_read_as_one_text_are_refused() -> None:
+    model = fuse(models.build("llama"))
+    for rows in (1, 2):
+        batch = packed_rows(rows)
+        with pytest.raises(ValueError, match="leave attention_mask out of packed rows"):
+            score_sequences(model, {**batch, "attention_mask": torch.ones_like(batch["input_ids"])})
+    del batch["position_ids"]
+    with pytest.raises(ValueError, match="segment but no position_ids"):
+        score_sequences(model, batch)
+
+
+def test_positions_of_rows_without_a_mask_count_from_zero_in_every_family() -> None:
+    model, ids = fuse(models.build("roberta")), packed_rows(2)["input_ids"]
+    expected = score_sequences(model, {"input_ids": ids, "labels": ids}).scores
+    for shape in ((1, -1), (2, -1)):
+        batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8)[None].expand(*shape)}
+        torch.testing.assert_close(score_sequences(model, batch).scores, expected)
+
+
 def test_windows_of_any_length_are_seen_by_short_rows() -> None:
     """They are shorter while it looks, and as they were afterwards."""
     from transformers import AutoModelForCausalLM
