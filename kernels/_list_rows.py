@@ -63,6 +63,12 @@ def key_at(scores_row, item, valid, rate, dtype: tl.constexpr):
 
 
 @triton.jit
+def choosable(key):
+    """Return a key, NaN where it is +inf: a sequence of choices has no likelihood then, unlike a softmax."""
+    return tl.where(key == float("inf"), float("nan"), key)
+
+
+@triton.jit
 def distance_below(top, key, steep):
     """Return how far items are below the one with the key `top`, in nats; 0 for equal scores of -inf or +inf.
 

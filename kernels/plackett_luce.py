@@ -21,7 +21,7 @@ serves which forward.
 import triton
 import triton.language as tl
 
-from ._list_rows import as_key, comparable, distance_below, existing
+from ._list_rows import as_key, choosable, comparable, distance_below, existing
 from ._math import log1p
 
 
@@ -96,7 +96,7 @@ def pairwise_kernel(
         else:
             rank = comparable(tl.load(labels + source_labels[:, None] + item, mask=valid, other=0))
         rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
-        key = as_key(score, rate[:, None])
+        key = choosable(as_key(score, rate[:, None]))
         steep = tl.abs(rate)[:, None]
         if weights is not None:
             weight = tl.load(weights + source_weights[:, None] + slot[None, :], mask=inside, other=0).to(dtype)

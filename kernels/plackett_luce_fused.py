@@ -12,7 +12,17 @@ by one, every step of every scan would be an exchange for every item.
 import triton
 import triton.language as tl
 
-from ._list_rows import as_key, change_with_rate, comparable, compose, distance_below, existing, key_at, shrinkage
+from ._list_rows import (
+    as_key,
+    change_with_rate,
+    choosable,
+    comparable,
+    compose,
+    distance_below,
+    existing,
+    key_at,
+    shrinkage,
+)
 from ._math import log1p
 from .plackett_luce_lanes import chain, largest_of_others, neighbour, rows_of_lanes
 from .plackett_luce_untied import untied
@@ -304,7 +314,8 @@ def fused_kernel(
             valid = valid + (item[r] < MASKED,)
     key = ()
     for r in tl.static_range(ROWS):
-        key = key + (tl.where(valid[r], key_at(scores_row, item[r], valid[r], rate[None, :], dtype), float("-inf")),)
+        here = choosable(key_at(scores_row, item[r], valid[r], rate[None, :], dtype))
+        key = key + (tl.where(valid[r], here, float("-inf")),)
 
     # Ties, unknown labels and a temperature of 0, under which all items are equal, are rare or cost what they cost.
     before = neighbour(label[ROWS - 1], 0, lane, LANES, BEHIND=False)

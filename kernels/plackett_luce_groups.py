@@ -6,7 +6,7 @@ One program for every SPAN positions of a ranking; it takes the groups that star
 import triton
 import triton.language as tl
 
-from ._list_rows import distance_below, key_at, label_at, program, shrinkage
+from ._list_rows import choosable, distance_below, key_at, label_at, program, shrinkage
 from ._math import log1p
 
 
@@ -36,7 +36,7 @@ def _odds(ranking, position, stop):
     scores_row, order_row, rate, top_below, log_below = ranking
     inside = position < stop
     item = tl.load(order_row + position, mask=inside, other=0).to(tl.int32)
-    key = key_at(scores_row, item, inside, rate, tl.float64)
+    key = choosable(key_at(scores_row, item, inside, rate, tl.float64))
     odds = -distance_below(top_below, key, tl.abs(rate)) - log_below
     lift = tl.where(odds < -1e4, -1e4 - odds, tl.where(odds == odds, 0.0, odds))  # NaN stays NaN
     return tl.minimum(tl.maximum(odds, -1e4), 1e300), inside, lift
@@ -147,7 +147,7 @@ def group_kernel(
                     member = first + tl.arange(0, MEMBERS)
                     inside = member < stop
                     item = tl.load(order_row + member, mask=inside, other=0).to(tl.int32)
-                    key = key_at(scores_row, item, inside, rate, dtype)
+                    key = choosable(key_at(scores_row, item, inside, rate, dtype))
                     part = 1 - (member - start).to(dtype) / size
                     # R + part * T as a sum of positive numbers: T itself would be a difference.
                     denominator = tl.where(inside, part * mass_here + (1 - part) * below, 1.0)

@@ -25,6 +25,7 @@ import triton.language as tl
 from ._list_rows import (
     as_key,
     change_with_rate,
+    choosable,
     compose,
     distance_below,
     item_at,
@@ -131,7 +132,7 @@ def suffix_kernel(
         item, valid = item_at(order_row, mask_row, position, items)
         label, _ = label_at(labels_row, order_row, mask_row, position, items)
         after, more = label_at(labels_row, order_row, mask_row, position + 1, items)
-        key = key_at(scores + row * scores_stride, item, valid, rate, dtype)
+        key = choosable(key_at(scores + row * scores_stride, item, valid, rate, dtype))
         top_here, mass_here = _suffix(key, valid, lane, tl.abs(rate), top_after, mass_after, BLOCK)
         closes = (more == 0) | (label != after)
         stop = tl.associative_scan(tl.where(closes, position + 1, 2**31 - 1), 0, _smaller, reverse=True)
@@ -225,7 +226,7 @@ def chain_kernel(
         mass_here = tl.load(mass + base + begin, mask=valid, other=1)
         top_below = tl.load(top + base + stop, mask=more, other=float("-inf"))
         mass_below = tl.load(mass + base + stop, mask=more, other=0)
-        key = key_at(scores + row * scores_stride, item, valid, rate, dtype)
+        key = choosable(key_at(scores + row * scores_stride, item, valid, rate, dtype))
         stay, chance, price = _terms(key, size, steep, top_here, mass_here, top_below, mass_below)
         charge = tl.where(valid & (begin < top_k), 1.0, 0.0).to(dtype)
         if BOTTOM_FREE:

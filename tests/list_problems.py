@@ -86,6 +86,20 @@ def make(
     )
 
 
+def infinite_scores() -> tuple[Problem, Tensor]:
+    """Return lists with infinite scores whose softmax is defined, and the gradients in beta (6, 1) of their losses."""
+    inf = math.inf
+    scores = torch.tensor([[1.2, inf, 0], [inf, inf, 0], [-inf, 1, 0], [1.2, inf, 0], [inf, inf, 0], [-inf, 1, 0]])
+    labels = torch.tensor([0.0, 0.3, 0.7]).expand(6, 1, 3).clone()
+    labels[1, 0] = torch.tensor([0.2, 0.8, 0.0])
+    labels[4:, 0, :2] = 0
+    beta = torch.tensor([0.5, 0.5, 0.5, -0.5, -0.5, -0.5])[:, None]
+    # One item alone is likeliest; two equal ones; a finite list of 1 and 0; the same with the signs turned around.
+    share = 1 / (1 + math.exp(-0.5))
+    expected = torch.tensor([inf, 0, share - 0.3, -inf, 0, -inf])[:, None]
+    return Problem(scores, labels, beta, None, torch.ones(6, 1)), expected
+
+
 def best_first(problem: Problem) -> Tensor:
     """Return the order (B, m, K) of falling labels, masked items last."""
     labels = problem.labels.double()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_problems import DEVICE, GPU, on_a_gpu, size
-from list_problems import Problem, best_first, compare, in_float64, make, padded, poisoned, results
+from list_problems import Problem, best_first, compare, in_float64, infinite_scores, make, padded, poisoned, results
 from torch import Tensor
 
 from mopl.ops.listnet import listwise_cross_entropy
@@ -140,6 +140,22 @@ def test_scores_of_minus_infinity(items: int, ties: str) -> None:
         problem.beta, problem.scores = -problem.beta, -problem.scores
         problem.options |= {"position_weights": torch.rand(items), "top_k": max(2, items // 2)}
         check_plackett_luce(problem)
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron", "exact"])
+@pytest.mark.parametrize("items", [3, size(100, 9), size(5_000, 12), *on_a_gpu(30, 1_000)])
+def test_scores_of_infinity(items: int, ties: str) -> None:
+    """A ranking has no likelihood then; with a negative beta they are what minus infinity is with another."""
+    problem = make(size(100, 4), 2, items, levels=3, masked=False, ties=ties)
+    problem.scores[::2, items // 2] = math.inf
+    problem.beta[::4] *= -1
+    check_plackett_luce(problem)
+
+
+def test_listnet_of_infinite_scores() -> None:
+    problem, expected = infinite_scores()
+    found = results(listwise_cross_entropy, on_device(problem))["beta"].cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("items", [size(100, 5), size(1_000, 11), size(5_000, 12)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from list_problems import infinite_scores, results
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -439,3 +440,8 @@ def test_extreme_scores_give_what_float64_gives(data) -> None:
     torch.testing.assert_close(ours["scores"].double(), theirs["scores"], rtol=3e-6, atol=2e-6)
     assert ours["scores"].isfinite().all()
     assert not ours["scores"][~mask].any()
+
+
+def test_infinite_scores_of_either_sign_of_beta() -> None:
+    problem, expected = infinite_scores()
+    torch.testing.assert_close(results(listwise_cross_entropy, problem)["beta"], expected, rtol=1e-5, atol=1e-6)

@@ -234,11 +234,12 @@ def backward(
             dlabels.masked_fill_(empty[:, :, None], 0)
     dbeta = du.new_empty(0)
     if need_beta:
-        s = scores.to(dtype)
-        s = s if mask is None else s.masked_fill(~mask, -torch.inf)
-        top = s.amax(-1, keepdim=True) if size else s
-        away = (s - top).masked_fill_(s == top, 0)  # du sums to 0, so the origin of the scores is free
-        dbeta = times(du, away[:, None]).sum(-1)
+        side = torch.where(beta < 0, -1, 1) if bool((beta < 0).any()) else beta.new_ones(1, 1)
+        key = side.to(dtype)[:, :, None] * scores.to(dtype)[:, None]
+        key = key if mask is None else key.masked_fill(~mask[:, None], -torch.inf)
+        top = key.amax(-1, keepdim=True) if size else key
+        away = (key - top).masked_fill_(key == top, 0)  # du sums to 0, so the origin of the scores is free
+        dbeta = side * times(du, away).sum(-1)
     dscores = _times_beta(du, beta) if need_scores else du.new_empty(0)
     return dscores.to(scores.dtype), dlabels, dbeta.to(beta.dtype)
 

@@ -23,7 +23,7 @@ from mopl.ops.plackett_luce.scaled import scaled
 
 @in_full_precision
 def forward(given: Lists, need_grad: bool, need_beta: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, gradient, and 1 where the loss is infinite, for `beta_gradient`; the last two empty if not needed."""
+    """Return loss, gradient, and 1 where the loss is infinite, for `beta_gradient`; the last two may be empty."""
     scores, labels, beta, mask, order, position_weights, rule = given
     batch, objectives, size = labels.shape
     loss, gradient, infinite = new_results(scores, labels, need_grad, need_beta)
