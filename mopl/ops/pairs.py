@@ -43,6 +43,9 @@ def times_beta(scores: Tensor, beta: Tensor) -> Tensor:
     An infinite score adds nothing to the derivative in β: of finite losses it has a derivative of 0, or of several that
     are equal, derivatives that sum to 0; 0 times infinity would make it NaN.
     """
+    if torch.compiler.is_compiling():  # which neither traces what follows nor has second derivatives
+        fixed, known = beta.detach(), torch.where(scores.isinf(), 0, scores).detach()
+        return fixed[..., None] * scores[:, None] + (beta - fixed)[..., None] * known[:, None]
     clean, _ = derivatives.finite(scores)
     scores = scores.detach()
     return beta[..., None] * clean[:, None] + torch.where(scores.isinf(), scores, 0)[:, None]
