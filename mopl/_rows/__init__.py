@@ -64,7 +64,10 @@ def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if finding(model, "packed", embeds=embeds).style is None and not bool((positions[:, 1:] == 0).any()):
             return without_positions  # one sequence only
         without_positions.pop("attention_mask", None)
-        return without_positions | packed_keywords(model, _style(model, "packed", embeds), positions)
+        style = _style(model, "packed", embeds)
+        if style.packed in ("masks", "block"):
+            without_positions |= _without_router_loss(model, kwargs)
+        return without_positions | packed_keywords(model, style, positions)
     _check_holes(mask)
     if positions is not None:
         _check_one_text(mask[:, -content.shape[1] :], positions)
@@ -149,6 +152,20 @@ def _told(model: Any, style: Style, mask: Tensor, positions: Tensor | None, leng
             f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
         )
     return None
+
+
+def _without_router_loss(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Leave a router's loss out where a mask says how a row is packed; raise where a call asks for it.
+
+    Models of transformers count tokens in the mask that they were called with, which must be (B, T) then.
+    """
+    if kwargs.get("output_router_logits"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes no router loss of packed rows, which it is told by masks of its own; "
+            "pass router_aux_loss_coef=0.0, or leave packing off (padding_free=False)"
+        )
+    takes = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if takes else {}
 
 
 def _check_holes(mask: Tensor) -> None:

@@ -42,7 +42,7 @@ _LEAK = 1e-6
 @_disable_dynamo  # torch.compiler.disable would import the compiler, and Triton with it, along with this module
 def measured(model: Any, kind: str, embeds: bool) -> Finding:
     """Return what becomes of an arrangement; see `mopl._rows.finding`."""
-    changes = _short_windows(model) + _adapters_off(model) + _undecorated(model)
+    changes = _short_windows(model) + _adapters_off(model) + _undecorated(model) + _routers_off(model)
     with evaluating(model), generators_kept(), torch.no_grad(), measuring(), _changed(changes):
         probe = _Probe(model, embeds)
         if fault := probe.ahead():
@@ -314,6 +314,13 @@ def _short_windows(model: Any) -> list[tuple[Any, str, Any]]:
         for name in _WINDOWS
         if type(value := owner.__dict__.get(name)) is int and value > _WINDOW
     ]
+
+
+def _routers_off(model: Any) -> list[tuple[Any, str, Any]]:
+    """Return what leaves the loss of a router out, which fails by masks of other shapes and is not looked at."""
+    owners = {id(config): config for config in (model.config, model.config.get_text_config())}
+    name = "output_router_logits"
+    return [(config, name, False) for config in owners.values() if getattr(config, name, False)]
 
 
 def _adapters_off(model: Any) -> list[tuple[Any, str, Any]]:

@@ -123,6 +123,17 @@ def test_positions_of_rows_without_a_mask_count_from_zero_in_every_family() -> N
         torch.testing.assert_close(score_sequences(model, batch).scores, expected)
 
 
+def test_a_router_loss_does_not_stand_in_the_way_of_packed_rows() -> None:
+    model, batch = fuse(models.build("gpt_oss")), packed_rows(1)
+    expected = score_sequences(model, batch).scores
+    with pytest.raises(UnsupportedModelError, match=r"router_aux_loss_coef=0\.0"):
+        score_sequences(model, batch, output_router_logits=True)
+    model = fuse(models.build("gpt_oss"))
+    model.config.output_router_logits = True
+    torch.testing.assert_close(score_sequences(model, batch).scores, expected)
+    assert finding(model, "packed").style.packed == "masks" and model.config.output_router_logits
+
+
 def test_windows_of_any_length_are_seen_by_short_rows() -> None:
     """They are shorter while it looks, and as they were afterwards."""
     from transformers import AutoModelForCausalLM
