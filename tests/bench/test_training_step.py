@@ -120,3 +120,13 @@ def test_variants_share_a_process_under_their_own_names() -> None:
     assert named("mopl, again @ 1b full pairs") == ("1b full pairs", step.AGAIN)
     assert named("1b full pairs", TRL) == ("1b full pairs", TRL)
     assert [name for process in step.PROCESSES for name in process] == step.ORDER == list(dict.fromkeys(step.ORDER))
+
+
+def test_the_host_time_of_a_step_is_measured_by_turns(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import host_time
+
+    report = Report(tmp_path / "host.json", host_time.COLUMNS)
+    host_time.measure(report, "LoRA pairs, own reference", steps=1)
+    rows = {row["variant"]: row for row in report.rows}
+    assert set(rows) == {TRL, "mopl"} and rows[TRL]["x TRL"] == 1 and all(row["ms"] > 0 for row in rows.values())
+    assert "own reference" in capsys.readouterr().out and (tmp_path / "host.json").is_file()
