@@ -440,3 +440,30 @@ def test_gradients_of_what_coefficients_come_from_are_alike_with_checkpoints(kl_
         found += torch.autograd.grad(model(IDS, labels=IDS, **keywords).loss, given)
     assert found[0].abs().min() > 0
     torch.testing.assert_close(*found)
+
+
+def test_what_is_kept_of_a_call_is_not_taken_where_a_model_is_measured():
+    call, hidden = CallOfThread(), torch.zeros(3, 7, 2)
+    call.held = {"coefficients": ROWS}, 3, 21, None
+
+    def kept():
+        return call.once("coefficients", hidden, lambda: call.for_rows(hidden))
+
+    found = kept()
+    with measuring():
+        assert kept() is None
+    assert kept() is found is not None
+    call.held = {"coefficients": ROWS.flip(0)}, 3, 21, None
+    assert torch.equal(kept()["coefficients"][:, 0], ROWS.flip(0))
+
+
+def test_weights_of_packed_sequences_have_their_gradients_with_checkpoints():
+    model, found = lora_mixture().train(), []
+    packed = {"input_ids": IDS.reshape(1, -1), "position_ids": torch.arange(7).repeat(3)[None], "use_cache": False}
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        weights = ROWS.clone().requires_grad_()
+        found += torch.autograd.grad(model(**packed, weights=weights).logits.logsumexp(-1).sum(), weights)
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(*found)

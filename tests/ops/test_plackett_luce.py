@@ -494,3 +494,15 @@ def test_pairs_of_any_gap_have_the_loss_of_the_logistic_function(dtype: torch.dt
     (gradient,) = torch.autograd.grad(loss, scores, upstream)
     share = 0.3 * upstream.double() * gap.double().sigmoid()
     torch.testing.assert_close(gradient.double(), torch.stack([-share, share], -1), rtol=4e-7, atol=1e-37)
+
+
+def test_a_loss_that_overflows_has_a_derivative_in_beta_beside_scores_of_minus_infinity() -> None:
+    """These are ranked against each other below, so they add 0, and not infinity times what rounding left."""
+    scores = torch.tensor([[-3e38, 3e38, -math.inf, -math.inf, -math.inf]])
+    beta = torch.tensor([[1.0]], requires_grad=True)
+    for labels in ([4.0, 3.0, 2.0, 1.0, 1.0], [4.0, 3.0, 2.0, 1.0, 0.0]):
+        loss = plackett_luce_nll(
+            scores, torch.tensor([[labels]]), beta, position_weights=torch.tensor([1, 1, 0.3, 2, 1])
+        )
+        (gradient,) = torch.autograd.grad(loss.sum(), beta)
+        assert loss.item() == math.inf and gradient.item() == math.inf
