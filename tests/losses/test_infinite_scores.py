@@ -90,3 +90,21 @@ def test_a_list_without_labels_has_no_gradient_of_its_labels() -> None:
     labels = torch.zeros(1, 1, 2, requires_grad=True)
     loss = listwise_dpo(torch.tensor([[math.nan, 1.0]]), labels, reduction="none")
     assert not torch.autograd.grad(loss.sum(), labels)[0].any()
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron", "exact"])
+@pytest.mark.parametrize(
+    ("scores", "beta"),
+    [([-INF, -3.6, 1.0, -INF], 3e38), ([0.0, 1e37, -INF, 3e37], 100.0), ([2.0, 1e20, 3e20, -1e20], 1e30)],
+)
+def test_scores_that_beta_takes_past_float32_stay_apart(scores: list[float], beta: float, ties: str) -> None:
+    """Infinite products would all be equal, and the loss log 2 an item."""
+    loss = LOSSES[f"plackett-luce {ties}".removesuffix(" breslow")]
+    for labels in ([3.0, 2.0, 1.0, 0.0], [0.0, 2.0, 1.0, 2.0], [0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 2.0]):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [torch.tensor([scores], dtype=torch.float32).to(dtype), torch.tensor([[beta]]).to(dtype)]
+            s, rate = (leaf.requires_grad_() for leaf in leaves)
+            value = loss(s, torch.tensor([labels]), beta=rate)
+            found.append([value.detach().float(), *(g.float() for g in torch.autograd.grad(value, (s, rate)))])
+        torch.testing.assert_close(*found, rtol=1e-5, atol=0)

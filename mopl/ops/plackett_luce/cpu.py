@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mopl._arguments import compute_dtype
 from mopl.ops._rows import blocks, existing, in_full_precision, is_number, merge, row_sum, times
 from mopl.ops.plackett_luce.rankings import Lists, Rankings, new_results, sort_items
 from mopl.ops.plackett_luce.scaled import scaled
@@ -36,7 +37,8 @@ def forward(given: Lists, need_grad: bool, need_beta: bool = False) -> tuple[Ten
         some = None if valid is None else valid[lists]
         rate = beta[lists]
         plain = is_number(rate) and float(rate[0, 0]) == 1
-        s = _load(scores[lists].to(dtype), some, centre=not plain)
+        wide = dtype if plain else _dtype_of_product(scores[lists], some, rate)
+        s = _load(scores[lists].to(wide), some, centre=not plain)
         place, leads, ranked = _rank(labels[lists], None if order is None else order[lists], some, dtype)
         u = s[:, None].expand(place.shape).gather(-1, place)
         if not plain:
@@ -47,10 +49,11 @@ def forward(given: Lists, need_grad: bool, need_beta: bool = False) -> tuple[Ten
             if weight.ndim == 3 and ranked is not None:
                 weight = weight.masked_fill(~ranked, 0)
         flat = (x if x is None or x.ndim == 1 else x.reshape(-1, size) for x in (leads, ranked, weight))
-        some_loss, du = likelihood(Rankings(u.view(-1, size), *flat, rule=rule), need_grad)
+        given_rows = Rankings(u.view(-1, size), *flat, rule=rule)
+        some_loss, du = likelihood(given_rows if wide == dtype else given_rows.to(wide), need_grad)
         loss[lists] = some_loss.view(-1, objectives)
         if du is not None:
-            gradient[lists].scatter_(-1, place, du.view(place.shape))
+            gradient[lists].scatter_(-1, place, du.to(dtype).view(place.shape))
     if need_beta:
         infinite.copy_(loss.isinf())
     return loss, gradient, infinite
@@ -74,6 +77,16 @@ def beta_gradient(infinite: Tensor, gradient: Tensor, scores: Tensor, mask: Tens
     side = torch.where((hopeless & (centred > 0)).any(-1), torch.inf, -torch.inf)
     found = times(gradient, torch.where(hopeless, 0, centred)).sum(-1)
     return found + torch.where(lost | together.isnan(), together * side, 0)
+
+
+def _dtype_of_product(scores: Tensor, valid: Tensor | None, rate: Tensor) -> torch.dtype:
+    """Return the dtype of β times finite scores: float64 where float32 would make the largest infinite, so equal."""
+    dtype = compute_dtype(scores)
+    known = scores.abs() if valid is None else scores.abs().masked_fill_(~valid, 0)
+    farthest = float(known.amax())
+    if math.isinf(farthest):
+        farthest = float(known.masked_fill_(known.isinf(), 0).amax())
+    return torch.float64 if farthest * float(rate.abs().amax()) > torch.finfo(dtype).max else dtype
 
 
 def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:
