@@ -127,7 +127,9 @@ def finding(model: Any, kind: str, *, embeds: bool = False) -> Finding:
     `"packed rows"` (several), `"generate"`.
     """
     key = (kind, embeds, getattr(model.config, "_attn_implementation", None), embedding_of(model).weight.device.type)
-    known: dict[Any, Finding] = model.__dict__.setdefault(_CACHE, {})
+    known: dict[Any, Finding] | None = getattr(model, _CACHE, None)  # torch.compile of 2.11 follows no `setdefault`
+    if known is None:
+        known = model.__dict__[_CACHE] = {}
     if key not in known:
         known[key] = measured(model, kind, embeds)
     return known[key]
