@@ -82,7 +82,7 @@ def pairwise_logistic(
     """
     _, u, y, rate = _prepare(scores, labels, reference, beta, mask, KNOWN)
     loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), shared_by_objectives(margin, "margin", y, u, KNOWN))
-    return weigh_and_reduce(or_nan(_or_infinite(loss, rate), y, mask), weights, reduction)
+    return weigh_and_reduce(or_nan(pairs.or_infinite(loss, rate), y, mask), weights, reduction)
 
 
 @renamed_keywords(temperature="beta")
@@ -159,7 +159,7 @@ def lambda_loss(
         None if top_k is None else ranks <= top_k,
         top_k_rule == "both",
     )
-    return weigh_and_reduce(or_nan(_or_infinite(loss, rate), y, mask), weights, reduction)
+    return weigh_and_reduce(or_nan(pairs.or_infinite(loss, rate), y, mask), weights, reduction)
 
 
 @renamed_keywords(temperature="beta")
@@ -237,12 +237,7 @@ def _prepare(
         offset = x.detach().gather(1, size.argmin(1, keepdim=True))
         # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
         centred = x - torch.where(offset.isfinite(), offset, 0)
-    return x, pairs.times_beta(centred, rate), _filled(y.to(dtype), mask, math.nan), rate
-
-
-def _or_infinite(loss: Tensor, beta: Tensor) -> Tensor:
-    """Return a loss (B, m) whose derivative in β is infinite where it is."""
-    return loss + beta * torch.where(loss.isinf(), loss.detach(), 0)
+    return x, pairs.times_beta(centred[:, None], rate[..., None]), _filled(y.to(dtype), mask, math.nan), rate
 
 
 def _filled(values: Tensor, mask: Tensor | None, nothing: float) -> Tensor:

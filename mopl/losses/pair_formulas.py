@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mopl.ops import pairs
+
 _LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}  # exp stays finite, with room for a sum and a factor
 
 
@@ -42,7 +44,7 @@ class Pair:
     def rewards(self) -> tuple[Tensor, Tensor]:
         """The implicit rewards, β times log-ratio."""
         chosen, rejected = self.ratios
-        return self.beta * chosen, self.beta * rejected
+        return self.times_beta(chosen), self.times_beta(rejected)
 
     @property
     def difference(self) -> Tensor:
@@ -58,7 +60,11 @@ class Pair:
     @property
     def logit(self) -> Tensor:
         """The log-odds that chosen beats rejected."""
-        return self.less_margin(self.beta * self.difference)
+        return self.less_margin(self.times_beta(self.difference))
+
+    def times_beta(self, value: Tensor) -> Tensor:
+        """Return β times a difference of log-probabilities, which may be infinite."""
+        return pairs.times_beta(value, self.beta) if self.beta.requires_grad else self.beta * value
 
     def less_margin(self, value: Tensor) -> Tensor:
         """Return `value` less the margin, if there is one."""
@@ -125,15 +131,17 @@ def _robust(pair: Pair) -> Tensor:
 
 
 def _discopop(pair: Pair) -> Tensor:
-    # g exp(-x) as one exponential: apart they are 0 times infinity for very negative x.
+    # g exp(-x) as one exponential: apart they are 0 times infinity for very negative x, of which log g is a multiple.
     logit, steep = pair.logit, pair.logit / pair.tau
-    return -logsigmoid(logit) * _probability(-steep) + (logsigmoid(steep) - logit).exp()
+    low, high = (1 / pair.tau - 1) * logit + logsigmoid(-steep), logsigmoid(steep) - logit
+    share = torch.where(logit == -torch.inf, 1, _probability(-steep))  # whose slope of 0 times infinity would be NaN
+    return -logsigmoid(logit) * share + torch.where(logit < 0, low, high).exp()
 
 
 def _dpop(pair: Pair) -> Tensor:
     chosen, rejected = pair.ratios
     penalised = chosen - rejected - pair.penalty * torch.relu(-chosen)
-    return _logistic(pair.less_margin(pair.beta * penalised), pair.smoothing)
+    return _logistic(pair.less_margin(pair.times_beta(penalised)), pair.smoothing)
 
 
 def _nca_pair(pair: Pair) -> Tensor:
@@ -159,19 +167,19 @@ def _apo_zero(pair: Pair) -> Tensor:
 def _apo_down(pair: Pair) -> Tensor:
     # Ratios are subtracted before β multiplies: the difference of close numbers is exact.
     chosen, rejected = pair.ratios
-    return _probability(pair.beta * chosen) + _probability(pair.beta * (rejected - chosen))
+    return _probability(pair.times_beta(chosen)) + _probability(pair.times_beta(rejected - chosen))
 
 
 def _aot(pair: Pair) -> Tensor:
     difference = (pair.policy[0] - pair.policy[1]).sort(0).values
     if pair.reference is not None:
         difference = difference - (pair.reference[0] - pair.reference[1]).sort(0).values
-    return _logistic(pair.beta * difference, pair.smoothing)
+    return _logistic(pair.times_beta(difference), pair.smoothing)
 
 
 def _aot_unpaired(pair: Pair) -> Tensor:
     chosen, rejected = (ratio.sort(0).values for ratio in pair.ratios)
-    return _logistic(pair.beta * (chosen - rejected), pair.smoothing)
+    return _logistic(pair.times_beta(chosen - rejected), pair.smoothing)
 
 
 class LossType(NamedTuple):
@@ -180,26 +188,32 @@ class LossType(NamedTuple):
     formula: Callable[[Pair], Tensor]
     options: frozenset[str]  # of bradley_terry's; any other one must stay at its default
     whole_batch: bool = False
+    multiplies: bool = True  # differences by β; False: compares them with a target that β divides
+
+    def of(self, pair: Pair) -> Tensor:
+        """Return the losses (B, m)."""
+        loss = self.formula(pair)
+        return pairs.or_infinite(loss, pair.beta) if self.multiplies and pair.beta.requires_grad else loss
 
 
-def _type(formula: Callable[[Pair], Tensor], *options: str, whole_batch: bool = False) -> LossType:
+def _type(formula: Callable[[Pair], Tensor], *options: str, **others: bool) -> LossType:
     if "f_divergence" in options:
         options = (*options, "f_alpha")
-    return LossType(formula, frozenset(options), whole_batch)
+    return LossType(formula, frozenset(options), **others)
 
 
 LOSSES = {
     "sigmoid": _type(_sigmoid, "label_smoothing", "margin", "f_divergence"),
     "sigmoid_norm": _type(_sigmoid, "label_smoothing", "margin", "f_divergence"),
     "hinge": _type(_hinge, "margin", "f_divergence"),
-    "ipo": _type(_ipo, "f_divergence"),
+    "ipo": _type(_ipo, "f_divergence", multiplies=False),
     "exo_pair": _type(_exo_pair, "label_smoothing", "margin", "f_divergence"),
     "robust": _type(_robust, "label_smoothing", "margin", "f_divergence"),
     "discopop": _type(_discopop, "margin", "f_divergence", "discopop_tau"),
     "dpop": _type(_dpop, "label_smoothing", "margin", "dpop_lambda"),
     "nca_pair": _type(_nca_pair),
     "bco_pair": _type(_bco_pair, "margin"),
-    "sppo_hard": _type(_sppo_hard),
+    "sppo_hard": _type(_sppo_hard, multiplies=False),
     "apo_zero": _type(_apo_zero),
     "apo_down": _type(_apo_down),
     "aot": _type(_aot, "label_smoothing", whole_batch=True),

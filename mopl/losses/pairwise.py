@@ -197,7 +197,7 @@ def bradley_terry(
         tau=discopop_tau,
         penalty=dpop_lambda,
     )
-    return weigh_and_reduce(kind.formula(pair), weights, reduction)
+    return weigh_and_reduce(kind.of(pair), weights, reduction)
 
 
 class DPOLoss(torch.nn.Module):

@@ -37,18 +37,24 @@ from mopl.ops._rows import slices
 _PAIRS_CPU, _PAIRS_GPU = 1 << 17, 1 << 24
 
 
-def times_beta(scores: Tensor, beta: Tensor) -> Tensor:
-    """Return beta * scores (B, m, K) for scores (B, K) and β > 0, (B, m) or (B, 1).
+def times_beta(value: Tensor, beta: Tensor) -> Tensor:
+    """Return beta * value of tensors that broadcast, for β > 0.
 
-    An infinite score adds nothing to the derivative in β: of finite losses it has a derivative of 0, or of several that
-    are equal, derivatives that sum to 0; 0 times infinity would make it NaN.
+    An infinite value adds nothing to the derivative in β: of finite losses it has a derivative of 0, or of several that
+    are equal, derivatives that sum to 0; 0 times infinity would make it NaN. `or_infinite` adds those of infinite
+    losses.
     """
     if torch.compiler.is_compiling():  # which neither traces what follows nor has second derivatives
-        fixed, known = beta.detach(), torch.where(scores.isinf(), 0, scores).detach()
-        return fixed[..., None] * scores[:, None] + (beta - fixed)[..., None] * known[:, None]
-    clean, _ = derivatives.finite(scores)
-    scores = scores.detach()
-    return beta[..., None] * clean[:, None] + torch.where(scores.isinf(), scores, 0)[:, None]
+        fixed, known = beta.detach(), torch.where(value.isinf(), 0, value).detach()
+        return fixed * value + (beta - fixed) * known
+    clean, _ = derivatives.finite(value)
+    value = value.detach()
+    return beta * clean + torch.where(value.isinf(), value, 0)
+
+
+def or_infinite(loss: Tensor, beta: Tensor) -> Tensor:
+    """Return a loss (B, m) of such products whose derivative in β is infinite where it is."""
+    return loss + beta * torch.where(loss.isinf(), loss.detach(), 0)
 
 
 def pairwise_logistic(

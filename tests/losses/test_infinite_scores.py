@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo, pairwise_logistic, plackett_luce
+from mopl.losses import approx_ndcg, bradley_terry, lambda_loss, listwise_dpo, pairwise_logistic, plackett_luce
+from mopl.losses.pairwise import LOSS_TYPES
 
 INF = math.inf
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -108,3 +109,25 @@ def test_scores_that_beta_takes_past_float32_stay_apart(scores: list[float], bet
             value = loss(s, torch.tensor([labels]), beta=rate)
             found.append([value.detach().float(), *(g.float() for g in torch.autograd.grad(value, (s, rate)))])
         torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", sorted({*LOSS_TYPES} - {"exo_pair"}))
+def test_impossible_responses_leave_the_derivative_of_beta_a_number_where_the_loss_is_one(loss_type: str) -> None:
+    for chosen, rejected in ((-1.0, -INF), (-INF, -1.0)):
+
+        def value(beta: Tensor, chosen: float = chosen, rejected: float = rejected) -> Tensor:
+            pair = torch.tensor([chosen]), torch.tensor([rejected])
+            return bradley_terry(*pair, beta=beta, loss_type=loss_type, reduction="sum")
+
+        beta = torch.tensor(0.7, requires_grad=True)
+        loss = value(beta)
+        (found,) = torch.autograd.grad(loss, beta)
+        assert found.item() == torch.func.grad(value)(beta.detach()).item()
+        if loss.isfinite():
+            nearly = bradley_terry(
+                torch.tensor([max(chosen, -200.0)]), torch.tensor([max(rejected, -200.0)]), beta=beta,
+                loss_type=loss_type, reduction="sum",
+            )  # fmt: skip
+            torch.testing.assert_close(found, torch.autograd.grad(nearly, beta)[0], rtol=1e-4, atol=1e-6)
+        else:
+            assert found.isinf()
