@@ -241,6 +241,18 @@ def check_labels(
             )
 
 
+def check_objectives_labelled(examples: Examples) -> None:
+    """Raise where training data has no label at all for an objective: nothing would be learnt of it."""
+    labelled = np.zeros(len(examples.objectives), dtype=bool)
+    for example in examples.lists:
+        labelled |= ~np.isnan(example.tokens.labels).all(1)
+    for name in np.array(examples.objectives)[~labelled]:
+        raise ValueError(
+            f"objective {str(name)!r} has no label in any of the {counted(len(examples), 'training list')}, so nothing "
+            "would be learnt of it; give some lists labels, or leave it out of objectives"
+        )
+
+
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
     """Warn where 16-bit parameters are trained that no sharding keeps a float32 copy of."""
     if distribution_of(accelerator) not in ("FSDP", "DEEPSPEED") and (note := rounding_of(model)) is not None:
