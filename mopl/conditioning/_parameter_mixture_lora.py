@@ -103,7 +103,7 @@ class LoraMixture(Mixture, HookedModel):
         super().__init__(objectives, coefficients, sets, record)
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model is {model!r} but must be a loaded model, such as AutoModelForCausalLM.from_pretrained(...) gives"
+                f"model is {model!r} but must be a loaded model; pass AutoModelForCausalLM.from_pretrained(...)"
             )
         sets = self._count
         wrapped: Any = model
@@ -119,7 +119,9 @@ class LoraMixture(Mixture, HookedModel):
             if config is None:
                 raise ValueError("config is missing; pass the peft.LoraConfig of the adapters")
             if not hasattr(config, "peft_type"):
-                raise TypeError(f"config is a {type(config).__name__} but must be a peft.LoraConfig; pass LoraConfig(...)")
+                raise TypeError(
+                    f"config is a {type(config).__name__} but must be a peft.LoraConfig; pass LoraConfig(...)"
+                )
             if adapters is not None:
                 raise ValueError("adapters orders those of a PEFT model, and this one has none; leave it out")
             self.adapters = [*self._objective_names, *(f"set_{i + 1}" for i in range(objectives, sets))]

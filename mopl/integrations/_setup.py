@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mopl._counted import counted
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._rows import check_rows

@@ -56,6 +56,8 @@ def normalize_labels(
             under `torch.compile`: there its list is NaN. Or label_temperature is given for `"l1"` or is not positive.
     """
     check_choice(mode, ("l1", "softmax"), "mode")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__} but must be a torch.Tensor; pass torch.as_tensor(labels)")
     if mask is not None:
         check_mask(mask, labels if labels.ndim == 2 else labels[:, 0])
     check_labels(labels, mask, NOT_INFINITE)

@@ -159,9 +159,9 @@ def plackett_luce(
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
         ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or, on a CPU, a β is not
-            positive, a weight is not finite, a label or a position weight is NaN, or an order begins with a lower label than
-            it ends with. On a GPU and under `torch.compile` NaN or such a number makes its losses NaN, and an order is
-            not looked at.
+            positive, a weight is not finite, a label or a position weight is NaN, or an order begins with a lower
+            label than it ends with. On a GPU and under `torch.compile` such a number makes its losses NaN, and an
+            order is not looked at.
 
     Examples:
         >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])

@@ -55,7 +55,11 @@ def test_a_wrong_argument_is_named_with_its_remedy(loss, changed: dict, error: t
         ({"top_k": "2"}, ValueError, ["top_k", "2", "integer"]),
         ({"order": presort(LABELS).to("meta")}, ValueError, ["order is on meta", "labels on cpu"]),
         ({"position_weights": torch.ones(6, device="meta")}, ValueError, ["position_weights is on meta"]),
-        ({"order": LABELS.argsort()}, ValueError, ["order", "list 0 and objective 0", "higher", "presort(labels, mask)"]),
+        (
+            {"order": LABELS.argsort()},
+            ValueError,
+            ["order", "list 0 and objective 0", "higher", "presort(labels, mask)"],
+        ),
         ({"order": torch.rand(4, 3, 6)}, TypeError, ["order", "float32", "integer", "presort"]),
         ({"order": torch.ones(4, 3, 6, dtype=torch.bool)}, TypeError, ["order", "bool", "presort"]),
         ({"order": [0, 1]}, TypeError, ["order", "list", "presort"]),
