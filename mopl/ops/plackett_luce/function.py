@@ -148,7 +148,7 @@ def _check_ends(order: Tensor, labels: Tensor, mask: Tensor | None) -> None:
     bad = found[..., 0] < found[..., 1]
     if mask is not None:
         there = mask[:, None, :].expand(labels.shape).gather(-1, ends.long()).all(-1)
-        bad = (bad | ~there) & (last > 0)[:, None]
+        bad = (bad | ~there) & (last[:, None] > 0)
     if bool(bad.any()):
         row, objective = bad.nonzero()[0].tolist()
         begin, end = ends[row, objective].tolist()
