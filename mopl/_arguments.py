@@ -60,11 +60,20 @@ def check_scores(scores: Tensor) -> Tensor:
     return scores
 
 
+def check_device(value: Tensor, name: str, like: Tensor, of: str) -> None:
+    """Raise unless `value` is where `like` is, which its caller knows as `of`: kernels would read another's memory."""
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but {of} on {like.device}; pass {name}.to({of}.device)")
+
+
 def check_like_scores(value: Tensor | None, scores: Tensor, name: str) -> None:
-    """Raise unless `value` is None or has the shape (B, K) of `scores`."""
-    if value is not None and (not isinstance(value, Tensor) or value.shape != scores.shape):
+    """Raise unless `value` is None or has the shape (B, K) of `scores` and is on their device."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.shape != scores.shape:
         got = shape_of(value) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} is {got} but scores are {shape_of(scores)}; pass {name} with one entry an item")
+    check_device(value, name, scores, "scores")
 
 
 def check_mask(mask: Tensor | None, like: Tensor, name: str = "scores", entry: str = "item") -> None:
@@ -78,12 +87,16 @@ def check_mask(mask: Tensor | None, like: Tensor, name: str = "scores", entry: s
         raise ValueError(
             f"mask has shape {shape_of(mask)} but {name} has {shape_of(like)}; pass one entry for each {entry}"
         )
+    check_device(mask, "mask", like, name)
 
 
 def as_labels(labels: Tensor, scores: Tensor) -> Tensor:
     """Return labels as (B, m, K) in their own dtype; (B, K) is one objective."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor of shape (B, K) or (B, m, K), got {type(labels).__name__}")
+        raise TypeError(
+            f"labels must be a torch.Tensor of shape (B, K) or (B, m, K), got {type(labels).__name__}; "
+            "pass torch.as_tensor(labels)"
+        )
     if labels.dtype == torch.uint64:  # PyTorch can neither sort these nor take them as int64 without a wrap
         raise TypeError("labels has dtype torch.uint64 but must fit int64; pass labels.long() if they do, or ranks")
     if labels.ndim == 2:
@@ -93,6 +106,7 @@ def as_labels(labels: Tensor, scores: Tensor) -> Tensor:
             f"labels has shape {shape_of(labels)} but scores are {shape_of(scores)}; "
             f"pass (B, K) for one objective or (B, m, K) for m objectives with B, K = {shape_of(scores)}"
         )
+    check_device(labels, "labels", scores, "scores")
     return labels
 
 

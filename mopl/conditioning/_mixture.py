@@ -114,6 +114,12 @@ class Mixture(WeightedModel):
         record: TuningRecord | Sequence[str] | None,
     ) -> None:
         super().__init__()
+        if isinstance(objectives, (str, Sequence)):
+            names = [objectives] if isinstance(objectives, str) else list(objectives)
+            raise TypeError(
+                f"objectives is {objectives!r} but must be how many there are; pass objectives={len(names)}, "
+                f"record={names}, which names them"
+            )
         if objectives < 1:
             raise ValueError(f"objectives is {objectives} but must be at least 1")
         if sets is None:

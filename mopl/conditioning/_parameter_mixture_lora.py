@@ -83,6 +83,7 @@ class LoraMixture(Mixture, HookedModel):
         adapters: the adapters' names: those of the objectives, and `set_<i>` beyond.
 
     Raises:
+        TypeError: If the model is not loaded, the objectives are names, or the config is none of PEFT's.
         ValueError: If numbers of adapters or objectives do not fit, or an adapter is what cannot be mixed.
     """
 
@@ -100,6 +101,10 @@ class LoraMixture(Mixture, HookedModel):
         adapters: Sequence[str] | None = None,
     ) -> None:
         super().__init__(objectives, coefficients, sets, record)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is {model!r} but must be a loaded model; pass AutoModelForCausalLM.from_pretrained(...)"
+            )
         sets = self._count
         wrapped: Any = model
         if is_peft(model):
@@ -113,6 +118,10 @@ class LoraMixture(Mixture, HookedModel):
         else:
             if config is None:
                 raise ValueError("config is missing; pass the peft.LoraConfig of the adapters")
+            if not hasattr(config, "peft_type"):
+                raise TypeError(
+                    f"config is a {type(config).__name__} but must be a peft.LoraConfig; pass LoraConfig(...)"
+                )
             if adapters is not None:
                 raise ValueError("adapters orders those of a PEFT model, and this one has none; leave it out")
             self.adapters = [*self._objective_names, *(f"set_{i + 1}" for i in range(objectives, sets))]

@@ -152,7 +152,8 @@ def _rows(data: Any) -> Sequence[Any]:
     if not is_rows(data):
         raise TypeError(
             f"the data set is a {type(data).__name__} but must be PreferenceData, TokenizedData, a datasets.Dataset or "
-            "IterableDataset, or a list of rows; hub names are read by mopl.language_models.readers.load_preferences"
+            "IterableDataset, or a list of rows; files, and data sets by name, are read by "
+            "mopl.language_models.load_preferences"
         )
     if len(data) == 0:
         raise ValueError("the data set has no rows; give it at least one")
@@ -245,7 +246,8 @@ def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None
 
     In the columns `<objective>_chosen` and `<objective>_rejected`, two numbers. Else in the column `<objective>`: two
     numbers, or one, whose sign says which response is better (positive: chosen) and whose size by how much. None and
-    NaN are missing labels. Without a column, the objective `preference` prefers chosen, and others are a `RowError`.
+    NaN are missing labels. One truth value is a `RowError`: as a number, False would be a tie. Without a column, the
+    objective `preference` prefers chosen, and others are a `RowError`.
     """
     columns = [f"{objective}_{side}" for side in SIDES]
     if all(column in row for column in columns):
@@ -269,6 +271,11 @@ def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None
         return first, second
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None, None
+    if isinstance(value, bool):
+        raise RowError(
+            "label is a truth value",
+            f"{objective} is {value}; write 1 where chosen is better, -1 where rejected is, 0 for a tie",
+        )
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise RowError("label is not a number", f"{objective} is {value!r}")
     value = float(value)

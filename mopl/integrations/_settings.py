@@ -174,6 +174,11 @@ class TradeOffs:
         self.beta = torch.tensor([[beta]] if given is None else [given], dtype=torch.float32)
         self.fixed: Tensor | None = None  # (m,)
         if settings.objective_weights is not None:
+            if isinstance(settings.objective_weights, str):
+                raise TypeError(
+                    f"objective_weights is {settings.objective_weights!r} but must be a list; pass "
+                    f"{counted(objectives, 'number')} that sum to 1"
+                )
             if len(settings.objective_weights) != objectives:
                 raise ValueError(
                     f"objective_weights has {counted(len(settings.objective_weights), 'number')} but "

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mopl._counted import counted
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._rows import check_rows
@@ -239,6 +240,18 @@ def check_labels(
                 f"labels of {objectives[j]} hold {labels[negative][0]:g} (row {index + 1}), but {function.__name__} "
                 f"takes none that are negative; for rewards and the like {remedy}"
             )
+
+
+def check_objectives_labelled(examples: Examples) -> None:
+    """Raise where training data has no label at all for an objective: nothing would be learnt of it."""
+    labelled = np.zeros(len(examples.objectives), dtype=bool)
+    for example in examples.lists:
+        labelled |= ~np.isnan(example.tokens.labels).all(1)
+    for name in np.array(examples.objectives)[~labelled]:
+        raise ValueError(
+            f"objective {str(name)!r} has no label in any of the {counted(len(examples), 'training list')}, so nothing "
+            "would be learnt of it; give some lists labels, or leave it out of objectives"
+        )
 
 
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:

@@ -51,6 +51,7 @@ from mopl.integrations._setup import (
     check_fit,
     check_labelled_whole,
     check_model_rows,
+    check_objectives_labelled,
     default_collator,
     prepare_arguments,
     prepare_model,
@@ -209,7 +210,9 @@ class MultiObjectiveTrainer(ListTrainer):
         for number, examples in enumerate(sets):
             checks(examples)
             check_columns(args, examples, number == 0 and train_dataset is not None, self._precompute)
-        if isinstance(train_dataset, ExampleStream):
+        if isinstance(train_dataset, Examples):
+            check_objectives_labelled(train_dataset)
+        elif isinstance(train_dataset, ExampleStream):
             train_dataset.checks = (*train_dataset.checks, checks, functools.partial(check_labelled_whole, collator))
         self.eval_weights = self.trade_offs.grid(settings.eval_points, eval_weights)
         self._user_metrics = compute_metrics

@@ -30,6 +30,7 @@ from mopl._arguments import (
     check_choice,
     compute_dtype,
     or_nan,
+    readable,
     weigh_and_reduce,
     wide_dtype,
 )
@@ -115,8 +116,8 @@ def lambda_loss(
         beta: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
         weights: what each loss is multiplied by, of any sign, shaped like `beta`. Differentiable.
         mask: (B, K), true where an item exists; None means everywhere.
-        gain: "exponential" for G = 2^label - 1, "linear" for G = label. Without `normalize`, exponential gains overflow
-            in float32 above labels of 127: take linear ones for counts and times.
+        gain: "exponential" for G = 2^label - 1, "linear" for G = label. Without `normalize`, exponential gains are
+            beyond float32 from labels of 128 on: take linear ones for counts and times.
         normalize: divide by the ideal DCG (of the top k), so that the weights are changes of NDCG. A list whose labels
             are all 0 contributes 0.
         top_k: leave out pairs beyond the k best ranked items; None keeps all.
@@ -129,8 +130,8 @@ def lambda_loss(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit, an option is unknown, a β is not positive, or with `normalize` a label
-            is negative; the message says which and what to pass.
+        ValueError: shapes do not fit, an option is unknown, a β is not positive, a label has an infinite gain, or
+            with `normalize` one is negative; the message says which and what to pass.
     """
     check_choice(gain, GAINS, "gain")
     check_choice(top_k_rule, ("either", "both"), "top_k_rule")
@@ -146,6 +147,12 @@ def lambda_loss(
             # Only differences of these gains count, and those of large labels are lost where each is rounded alone.
             source = _above_lowest(as_labels(labels, scores).detach(), order, mask).to(y.dtype)
         gains = _gains(source, gain, mask, scaled=normalize)
+        if readable(gains) and bool((large := gains == math.inf).any()):
+            place = large.nonzero()[0].tolist()
+            raise ValueError(
+                f"labels of list {place[0]} hold {float(y[tuple(place)]):g}, whose gain is beyond {gains.dtype}; pass "
+                "gain='linear' or normalize=True, or divide the labels"
+            )
         if normalize:
             ideal = _ideal_dcg(gains, mask, top_k)
             gains = torch.where(ideal > 0, gains / torch.where(ideal > 0, ideal, 1), 0)

@@ -17,11 +17,11 @@ from mopl._arguments import (
     check_choice,
     check_labels,
     check_mask,
-    check_scores,
     compute_dtype,
     per_objective,
     readable,
     refuse_negative,
+    shape_of,
     wide_dtype,
 )
 
@@ -56,6 +56,8 @@ def normalize_labels(
             under `torch.compile`: there its list is NaN. Or label_temperature is given for `"l1"` or is not positive.
     """
     check_choice(mode, ("l1", "softmax"), "mode")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__} but must be a torch.Tensor; pass torch.as_tensor(labels)")
     if mask is not None:
         check_mask(mask, labels if labels.ndim == 2 else labels[:, 0])
     check_labels(labels, mask, NOT_INFINITE)
@@ -148,7 +150,11 @@ def presort(
     Raises:
         ValueError: If a shape does not fit, or, on a CPU, a label is NaN.
     """
-    labels = as_labels(labels, check_scores(labels.new_zeros((labels.shape[0], labels.shape[-1]), dtype=torch.float32)))
+    if isinstance(labels, Tensor) and labels.ndim not in (2, 3):
+        raise ValueError(
+            f"labels has shape {shape_of(labels)} but must be (B, K) or (B, m, K); for a single list pass labels[None]"
+        )
+    labels = as_labels(labels, labels[:, 0] if isinstance(labels, Tensor) and labels.ndim == 3 else labels)
     key = labels if labels.is_floating_point() else labels.long()
     if mask is not None:
         check_mask(mask, labels[:, 0])

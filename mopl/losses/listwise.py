@@ -159,8 +159,9 @@ def plackett_luce(
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
         ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or, on a CPU, a β is not
-            positive, a weight is not finite, or a label or a position weight is NaN. On a GPU and under `torch.compile`
-            such an entry makes its losses NaN.
+            positive, a weight is not finite, a label or a position weight is NaN, or an order begins with a lower
+            label than it ends with. On a GPU and under `torch.compile` such a number makes its losses NaN, and an
+            order is not looked at.
 
     Examples:
         >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
@@ -170,7 +171,7 @@ def plackett_luce(
     difference, labels, rate = prepare(scores, labels, reference, beta, mask, KNOWN)
     check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")
     check_choice(last_group, ("charged", "free"), "last_group")
-    if top_k is not None and (isinstance(top_k, float) or top_k < 1):
+    if top_k is not None and (isinstance(top_k, (float, str)) or top_k < 1):
         raise ValueError(f"top_k is {top_k} but must be an integer of at least 1; pass None to charge every position")
     if generator is not None and ties != "random":
         raise ValueError(f'generator is given but ties={ties!r} draws nothing; pass ties="random", or no generator')

@@ -59,6 +59,7 @@ from mopl._arguments import (
     Reduction,
     as_value,
     check_choice,
+    check_device,
     check_floating,
     compute_dtype,
     per_objective,
@@ -303,5 +304,6 @@ def _as_pairs(named: dict[str, Tensor], objectives: int) -> list[Tensor]:
                 f"{name} has shape {shape_of(named[name])} but {there_are(batch, 'pair')} and "
                 f"{counted(objectives, 'objective')}; pass ({batch},) or ({batch}, {objectives})"
             )
+        check_device(tensor, name, tensors[0], "chosen")
     dtype = compute_dtype(*tensors)
     return [tensor.to(dtype).expand(batch, objectives) for tensor in tensors]

@@ -9,7 +9,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mopl._arguments import FINITE, Domain, as_value, check_labels, check_mask, check_scores, readable, shape_of
+from mopl._arguments import (
+    FINITE,
+    Domain,
+    as_value,
+    check_device,
+    check_labels,
+    check_mask,
+    check_scores,
+    readable,
+    shape_of,
+)
 
 Result = TypeVar("Result")
 Given = TypeVar("Given", bound=Tensor | None)
@@ -157,11 +167,13 @@ def check_list_op(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | N
             f"labels has shape {shape_of(labels)} but scores are {shape_of(scores)}; pass (B, m, K), "
             "for one objective labels[:, None]"
         )
+    check_device(labels, "labels", scores, "scores")
     if beta.shape not in (labels.shape[:2], (labels.shape[0], 1)) or not beta.is_floating_point():
         raise ValueError(
             f"beta is {beta.dtype} of shape {shape_of(beta)} but must be floating point of shape "
             f"(B, m) = {tuple(labels.shape[:2])}, or (B, 1) = {(labels.shape[0], 1)} for one β a list"
         )
+    check_device(beta, "beta", scores, "scores")
     if readable(beta):  # on a GPU this would copy it to another dtype
         as_value(beta, "beta", beta, FINITE)
     check_labels(labels, mask, allowed)

@@ -107,7 +107,7 @@ def gathered_logprob(
     if target.shape[: len(lead)] != lead or target.ndim > len(lead) + 1:
         raise ValueError(
             f"target has shape {shape_of(target)} but logits have {shape_of(logits)}; pass target of shape "
-            f"{tuple(lead)}, or {(*lead, 'J')} for J targets a row"
+            f"{tuple(lead)}, or ({', '.join(map(str, (*lead, 'J')))}) for J targets a row"
         )
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device} but logits are on {logits.device}; move target there")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_floating, check_mask, compute_dtype, shape_of
+from mopl._arguments import check_device, check_floating, check_mask, compute_dtype, shape_of
 from mopl.ops._logprob import as_index
 
 
@@ -69,6 +69,7 @@ def sequence_logprob(
                 f"segment has shape {shape_of(place)} but logprob has {shape_of(logprob)}; "
                 "pass the number of one sequence a token"
             )
+        check_device(place, "segment", logprob, "logprob")
         found = sequences if sequences is not None else int(place.max()) + 1 if place.numel() else 0
         size = max(found, 0)
     else:
@@ -96,6 +97,7 @@ def _segments(cu_seqlens: Tensor | None, logprob: Tensor) -> tuple[Tensor, int]:
             f"cu_seqlens has shape {shape_of(bounds)} and logprob {shape_of(logprob)}, but they must be (S + 1,) and "
             "packed (T,); for padded (B, T) pass mask instead"
         )
+    check_device(bounds, "cu_seqlens", logprob, "logprob")
     size = len(bounds) - 1
     token = torch.arange(len(logprob), device=logprob.device)
     place = torch.searchsorted(bounds, token, right=True) - 1

@@ -439,6 +439,15 @@ def test_errors_say_what_to_pass(options: dict, message: str) -> None:
         ParameterMixture(nn.Linear(2, 2), 2, scope="logits")
 
 
+def test_names_for_the_number_of_objectives_and_a_model_that_is_not_loaded_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"pass objectives=2, record=\['a', 'b'\]"):
+        ParameterMixture(build(), ["a", "b"])
+    with pytest.raises(TypeError, match=r"model is 'tiny' but must be a loaded model"):
+        LoraMixture("tiny", 2)
+    with pytest.raises(TypeError, match=r"config is a dict but must be a peft\.LoraConfig"):
+        LoraMixture(build(), 2, config={"r": 2})
+
+
 def test_weights_off_the_simplex_are_refused() -> None:
     for mixture in (mixed(), lora()):
         with pytest.raises(ValueError, match="simplex"):

@@ -712,9 +712,23 @@ def test_labels_of_a_pair_come_from_two_columns_from_two_numbers_or_from_a_signe
         arrays = {name: kind(value) for name, value in row.items() if name != "bad"}
         for name in ("score", "both", "signed", "gone"):
             assert labels_of_pair(arrays, name) == labels_of_pair(row, name)
-    for name, message in (("bad", "bad is 'x'"), ("other", "needs a column other, or other_chosen")):
+    row |= {"safer": False}  # as a number it would be a tie, though rejected is meant
+    refused = (
+        ("bad", "bad is 'x'"),
+        ("other", "needs a column other, or other_chosen"),
+        ("safer", "-1 where rejected"),
+    )
+    for name, message in refused:
         with pytest.raises(ValueError, match=message):
             labels_of_pair(row, name)
+
+
+def test_an_objective_without_a_label_in_all_of_the_training_data_is_refused(tmp_path):
+    rows = [row | {"helpful": value} for row, value in zip(ROWS[:2], (None, float("nan")), strict=True)]
+    with pytest.raises(ValueError, match=r"objective 'helpful' has no label in any of the 2 training lists"):
+        make(tmp_path, tiny_llama(), data=rows, objectives=list(OBJECTIVES), processing_class=byte_tokenizer())
+    with pytest.raises(TypeError, match=r"objective_weights is '0\.7,0\.3' but must be a list; pass 2 numbers"):
+        make(tmp_path, tiny_llama(), objective_weights="0.7,0.3")
 
 
 def test_a_column_preference_is_a_label_only_where_it_is_named():

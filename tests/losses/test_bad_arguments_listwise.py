@@ -31,6 +31,9 @@ BOTH = pytest.mark.parametrize("loss", [listwise_dpo, plackett_luce])
         ({"beta": torch.ones(2, 3)}, ValueError, ["beta", "(2, 3)", "(4, 3)"]),
         ({"beta": torch.ones(5, 1)}, ValueError, ["beta", "(5, 1)", "(4, 3)"]),
         ({"weights": torch.ones(4)}, ValueError, ["weights", "(4,)", "(4, 3)", "weights[:, None]"]),
+        ({"labels": LABELS.to("meta")}, ValueError, ["labels is on meta", "scores on cpu", "labels.to(scores.device)"]),
+        ({"reference": SCORES.to("meta")}, ValueError, ["reference is on meta", "scores on cpu"]),
+        ({"mask": torch.ones(4, 6).bool().to("meta")}, ValueError, ["mask is on meta", "scores on cpu"]),
         ({"reduction": "average"}, ValueError, ["reduction", "'average'", "'none'", "'sum'", "'mean'"]),
     ],
 )
@@ -49,6 +52,14 @@ def test_a_wrong_argument_is_named_with_its_remedy(loss, changed: dict, error: t
         ({"last_group": True}, ValueError, ["last_group", "'charged'", "'free'"]),
         ({"top_k": 0}, ValueError, ["top_k", "0", "at least 1", "None"]),
         ({"top_k": 2.5}, ValueError, ["top_k", "2.5", "integer"]),
+        ({"top_k": "2"}, ValueError, ["top_k", "2", "integer"]),
+        ({"order": presort(LABELS).to("meta")}, ValueError, ["order is on meta", "labels on cpu"]),
+        ({"position_weights": torch.ones(6, device="meta")}, ValueError, ["position_weights is on meta"]),
+        (
+            {"order": LABELS.argsort()},
+            ValueError,
+            ["order", "list 0 and objective 0", "higher", "presort(labels, mask)"],
+        ),
         ({"order": torch.rand(4, 3, 6)}, TypeError, ["order", "float32", "integer", "presort"]),
         ({"order": torch.ones(4, 3, 6, dtype=torch.bool)}, TypeError, ["order", "bool", "presort"]),
         ({"order": [0, 1]}, TypeError, ["order", "list", "presort"]),
@@ -73,6 +84,22 @@ def test_an_unknown_normalisation_is_named() -> None:
         normalize_labels(LABELS, "l2")
     with pytest.raises(ValueError, match=r"mask has shape \(4, 5\) but scores has \(4, 6\)"):
         normalize_labels(LABELS, "l1", torch.ones(4, 5, dtype=torch.bool))
+
+
+def test_an_order_that_forgets_the_mask_is_refused() -> None:
+    mask = torch.arange(6) < torch.tensor([[6], [3], [1], [0]])
+    labels = torch.arange(6.0).expand(4, 1, 6)  # the best items are masked in list 1
+    with pytest.raises(ValueError, match=r"order of list 1 and objective 0 goes from item 5 .* one of them is masked"):
+        plackett_luce(SCORES, labels, mask=mask, order=presort(labels))
+    right = plackett_luce(SCORES, labels, mask=mask, order=presort(labels, mask))
+    torch.testing.assert_close(right, plackett_luce(SCORES, labels, mask=mask))
+
+
+def test_presort_says_what_labels_must_be() -> None:
+    with pytest.raises(ValueError, match=r"labels has shape \(6,\) but must be .*pass labels\[None\]"):
+        presort(LABELS[0, 0])
+    with pytest.raises(TypeError, match=r"got list; pass torch.as_tensor\(labels\)"):
+        presort([[1.0, 2.0]])
 
 
 def test_one_objective_needs_no_dimension_of_its_own() -> None:

@@ -418,6 +418,16 @@ def test_large_labels_have_finite_normalised_gains() -> None:
         assert 0 < float(ours) < math.inf
 
 
+def test_a_label_whose_gain_is_infinite_is_refused() -> None:
+    scores, labels = torch.randn(2, 3), torch.tensor([[1.0, 0.0, 2.0], [0.0, 128.0, 1.0]])
+    with pytest.raises(ValueError, match=r"labels of list 1 hold 128, whose gain .* pass gain='linear' or normalize"):
+        lambda_loss(scores, labels)
+    mask = torch.tensor([[True] * 3, [True, False, True]])
+    for options in ({"gain": "linear"}, {"normalize": True}, {"mask": mask}):
+        assert lambda_loss(scores, labels, **options).isfinite()
+    assert lambda_loss(scores.double(), labels.double()).isfinite()
+
+
 def test_a_list_without_a_positive_ideal_dcg_contributes_nothing() -> None:
     scores = torch.randn(2, 3, requires_grad=True)
     labels = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])

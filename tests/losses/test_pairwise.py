@@ -640,3 +640,9 @@ def test_dpo_loss_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         DPOLoss(0.1, 2.0)
     assert "beta=0.1" in repr(DPOLoss(0.1))
+
+
+def test_a_pair_on_two_devices_is_refused() -> None:
+    chosen = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"rejected is on meta but chosen on cpu; pass rejected.to\(chosen.device\)"):
+        bradley_terry(chosen, chosen.to("meta"))

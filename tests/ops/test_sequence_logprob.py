@@ -130,3 +130,10 @@ def test_errors_name_the_argument_its_shape_and_the_remedy() -> None:
     for arguments, options, kind, message in cases:
         with pytest.raises(kind, match=message):
             sequence_logprob(*arguments, **options)
+
+
+@pytest.mark.parametrize("options", [{"segment": [0, 0, 1]}, {"cu_seqlens": [0, 2, 3]}])
+def test_a_grouping_on_another_device_is_refused(options: dict) -> None:
+    (name, numbers), *_ = options.items()
+    with pytest.raises(ValueError, match=rf"{name} is on meta but logprob on cpu; pass {name}.to\(logprob.device\)"):
+        sequence_logprob(torch.zeros(3), **{name: torch.tensor(numbers, device="meta")})

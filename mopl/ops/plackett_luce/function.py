@@ -41,7 +41,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mopl._arguments import KNOWN, check_choice, or_nan, readable, shape_of
+from mopl._arguments import KNOWN, check_choice, check_device, or_nan, readable, shape_of
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import path_for, use_triton
@@ -109,6 +109,9 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
                 f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; "
                 "pass presort(labels, mask), one index an item and objective"
             )
+        check_device(order, "order", labels, "labels")
+        if readable(order) and readable(labels) and (mask is None or readable(mask)):
+            _check_ends(order, labels, mask)
     if position_weights is not None:
         is_tensor = isinstance(position_weights, Tensor)
         if not is_tensor or position_weights.shape not in (labels.shape, labels.shape[-1:]):
@@ -117,6 +120,7 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
                 f"position_weights {got} but labels are {shape_of(labels)}; "
                 f"pass a tensor (K,) or (B, m, K): ({labels.shape[-1]},) or {shape_of(labels)}"
             )
+        check_device(position_weights, "position_weights", labels, "labels")
         if readable(position_weights) and (mask is None or readable(mask)):
             unknown = position_weights.isnan()
             if mask is not None:
@@ -124,6 +128,35 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
                 unknown = unknown & (place < mask.sum(-1)[:, None, None])
             if bool(unknown.any()):
                 raise ValueError("position_weights hold nan but every entry must be a number; pass 0 for no weight")
+
+
+def _check_ends(order: Tensor, labels: Tensor, mask: Tensor | None) -> None:
+    """Raise if the first item of a list has a lower label than its last, or one of the two does not exist.
+
+    That is cheap, where a look at all of an order would cost what it saves. It finds an order for another direction or
+    another mask, and in a batch ranks that were taken for an order.
+    """
+    if not order.numel() or (items := order.shape[-1]) < 2:
+        return
+    if mask is None:
+        ends = order[..., :: items - 1]  # (B, m, 2)
+    else:
+        last = (mask.sum(-1) - 1).clamp(min=0)
+        place = torch.stack([torch.zeros_like(last), last], -1)[:, None, :]
+        ends = order.gather(-1, place.expand(*labels.shape[:2], 2))
+    found = labels.detach().gather(-1, ends.long())
+    bad = found[..., 0] < found[..., 1]
+    if mask is not None:
+        there = mask[:, None, :].expand(labels.shape).gather(-1, ends.long()).all(-1)
+        bad = (bad | ~there) & (last[:, None] > 0)
+    if bool(bad.any()):
+        row, objective = bad.nonzero()[0].tolist()
+        begin, end = ends[row, objective].tolist()
+        raise ValueError(
+            f"order of list {row} and objective {objective} goes from item {begin} to item {end}, which has a higher "
+            "label, or one of them is masked; items must stand best first and masked ones last: pass "
+            "presort(labels, mask)"
+        )
 
 
 def nll(given: Lists) -> Tensor:
