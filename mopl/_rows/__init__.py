@@ -25,7 +25,7 @@ from mopl._sharded import whole_shape
 
 __all__ = [
     "UnsupportedModelError", "arranged", "check_from_zero", "check_rows", "check_sequences", "generation_keywords",
-    "takes_left_padding",
+    "lengths_that_turn", "takes_left_padding",
 ]  # fmt: skip
 
 _CACHE = "_mopl_rows"
@@ -229,7 +229,7 @@ def _check_lengths(
         counted: Whether the model counts what the mask shows, and not padding, too.
         generates: Whether `generate` is called, whose positions are its own.
     """
-    if not (limits := _limits(model)):
+    if not (limits := lengths_that_turn(model)):
         return
     if mask is None:
         assert positions is not None
@@ -254,8 +254,8 @@ def _check_lengths(
         )
 
 
-def _limits(model: Any) -> list[tuple[str, int]]:
-    """Return the kinds of rotary positions that change with the length of a text, and beyond which length."""
+def lengths_that_turn(model: Any) -> list[tuple[str, int]]:
+    """Return the kinds of rotary positions that change with the length of a text, and beyond which length they do."""
     known: dict[Any, Any] = model.__dict__.setdefault(_CACHE, {})
     if "limits" not in known:
         found: set[tuple[str, int]] = set()
