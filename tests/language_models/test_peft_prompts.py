@@ -7,6 +7,7 @@ peft = pytest.importorskip("peft")
 import tiny_language_models as tiny
 
 from mopl._rows import UnsupportedModelError
+from mopl.conditioning import ParameterMixture
 from mopl.conditioning.weighted import check_packed, has_own_prompt
 from mopl.decoding import logit_mixing
 from mopl.language_models.divergences import states_of
@@ -52,6 +53,9 @@ def test_packed_rows_are_refused_and_padded_ones_scored_as_alone(config) -> None
         score_sequences(model, packed)
     with model.disable_adapter():
         check_packed(model)  # the base model, a reference, packs
+    mixture = ParameterMixture(model, 2)
+    with pytest.raises(UnsupportedModelError, match="padding_free=False"):
+        score_sequences(mixture, packed, weights=torch.tensor([0.5, 0.5]))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["prompt", "prefix"])
