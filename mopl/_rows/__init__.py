@@ -24,7 +24,8 @@ from mopl._rows.styles import Finding, Style, UnsupportedModelError, embedding_o
 from mopl._sharded import whole_shape
 
 __all__ = [
-    "UnsupportedModelError", "arranged", "check_from_zero", "check_rows", "generation_keywords", "takes_left_padding",
+    "UnsupportedModelError", "arranged", "check_from_zero", "check_rows", "check_sequences", "generation_keywords",
+    "lengths_that_turn", "takes_left_padding",
 ]  # fmt: skip
 
 _CACHE = "_mopl_rows"
@@ -38,7 +39,8 @@ def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UnsupportedModelError: If the model cannot take such rows.
-        ValueError: If a mask has holes, or there is one and positions start again inside of what it shows.
+        ValueError: If a mask has holes or other values than 0 and 1, or there is one and positions start again inside
+            of what it shows; or there is none, and positions neither go on by 1 nor start again at 0.
     """
     embeds = kwargs.get("inputs_embeds") is not None
     content = kwargs.get("inputs_embeds" if embeds else "input_ids")
@@ -53,26 +55,33 @@ def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if mask is None:
         if positions is None or kwargs.get("past_key_values") is not None:
             _style(model, "alone", embeds)
+            _check_lengths(model, torch.ones(content.shape[:2]))
             return kwargs
+        _check_counting(positions)
+        _check_lengths(model, positions=positions)
         if content.shape[0] != 1:
-            if bool(_starts_again(positions).any()):
+            if bool((positions[:, 1:] == 0).any()):
                 style = _style(model, "packed rows", embeds)
-                return without_positions | packed_keywords(model, style, positions)
+                return without_positions | packed_keywords(model, style, positions.expand(content.shape[:2]))
             mask = torch.ones_like(positions).expand(content.shape[:2])
             told = _told(model, _style(model, "positioned", embeds), mask, positions)
             return without_positions | ({} if told is None else {"position_ids": told})
-        if finding(model, "packed", embeds=embeds).style is None and not bool((positions[:, 1:] == 0).any()):
+        found = finding(model, "packed", embeds=embeds).style
+        if (found is None or found.first is None) and bool((positions[:, 0] != 0).any()):
+            raise _unheeded(model)
+        if found is None and not bool((positions[:, 1:] == 0).any()):
             return without_positions  # one sequence only
         without_positions.pop("attention_mask", None)
         style = _style(model, "packed", embeds)
         if style.packed in ("masks", "block"):
             without_positions |= _without_router_loss(model, kwargs)
         return without_positions | packed_keywords(model, style, positions)
-    _check_holes(mask)
+    _check_mask(mask)
     if positions is not None:
-        _check_one_text(mask[:, -content.shape[1] :], positions)
+        _check_one_text(mask[:, -content.shape[1] :], positions, embeds)
     style = _style(model, "padded" if positions is None else "positioned", embeds, mask)
     told = _told(model, style, mask, positions, content.shape[1])
+    _check_lengths(model, mask, positions, counted=told is not None)
     return without_positions if told is None else {**kwargs, "position_ids": told}
 
 
@@ -103,6 +112,7 @@ def generation_keywords(model: Any, attention_mask: Tensor, *, embeds: bool = Fa
     if not _measurable(model):
         return {}
     first = _style(model, "generate", embeds, attention_mask).first
+    _check_lengths(model, attention_mask, generates=True)
     return {} if first is None else {"position_ids": positions_of(attention_mask) + first}
 
 
@@ -150,10 +160,14 @@ def _told(model: Any, style: Style, mask: Tensor, positions: Tensor | None, leng
     if style.first is not None:
         return (counted if positions is None else positions) + style.first
     if positions is not None and bool((positions.expand_as(counted) != counted)[mask[:, -length:] > 0].any()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
-        )
+        raise _unheeded(model)
     return None
+
+
+def _unheeded(model: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
+    )
 
 
 def _without_router_loss(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -170,24 +184,129 @@ def _without_router_loss(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"output_router_logits": False} if takes else {}
 
 
-def _check_holes(mask: Tensor) -> None:
+def check_sequences(segment: Tensor, positions: Tensor) -> None:
+    """Raise unless positions count each sequence of packed rows from 0.
+
+    Args:
+        segment: (N, T), the number of each token's sequence; below 0 in padding.
+        positions: (N, T) or (1, T).
+
+    Raises:
+        ValueError: If they start again elsewhere than the numbers change, or a number stands for two sequences.
+    """
+    positions, before = positions.to(segment.device).expand_as(segment), segment.roll(1, -1)
+    begins, there = segment != before, segment >= 0
+    begins[:, :1] = True
+    _check(
+        (positions == torch.where(begins, 0, positions.roll(1, -1) + 1)) | ~there,
+        "position_ids and segment do not part a packed row in the same places; let position_ids start again at 0, and "
+        "count on by 1, with each sequence that segment numbers",
+    )
+    ordered = segment.flatten().sort().values
+    others = (ordered[1:] != ordered[:-1]) & (ordered[1:] >= 0)
+    _check(
+        (begins & there).sum() == others.sum() + (ordered[:1] >= 0).sum(),
+        "segment has one number for several sequences, whose scores would be one sum; number the sequences of all rows "
+        "of a batch 0, 1, 2, ...",
+    )
+
+
+def _check_lengths(
+    model: Any,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    *,
+    counted: bool = True,
+    generates: bool = False,
+) -> None:
+    """Raise where the positions of a text are turned as another text has it, in the same call or before.
+
+    Frequencies of the kind "longrope" are those of the longest text of a call. Those of "dynamic" are, too, and from
+    some length on they stay what the longest text before has made of them.
+
+    Args:
+        model: The causal language model.
+        mask: (B, T); None for packed rows.
+        positions: (B, T) or (1, T), counted from 0; as the mask counts them if None.
+        counted: Whether the model counts what the mask shows, and not padding, too.
+        generates: Whether `generate` is called, whose positions are its own.
+    """
+    if not (limits := lengths_that_turn(model)):
+        return
+    if mask is None:
+        assert positions is not None
+        ends = torch.nn.functional.pad(positions[:, 1:] == 0, (0, 1), value=True)
+        lengths = (positions + 1).masked_fill(~ends, 0)
+    else:
+        own = positions_of(mask) if positions is None else positions
+        lengths = ((own + 1) * (mask[:, -own.shape[1] :].to(own.device) > 0)).amax(-1)
+    longest = lengths.max() if counted or mask is None else lengths.new_tensor(mask.shape[1])
+    for kind, limit in limits:
+        if kind == "longrope":
+            same, remedy = (
+                lengths > limit,
+                f"pass longer texts one at a time (batch size 1, no packing), or cut all to {limit}",
+            )
+        else:
+            same, remedy = (lengths == longest) & generates, f"cut all to {limit}"
+        _check(
+            (longest <= limit) | same | (lengths == 0),
+            f"{type(model).__name__} has rotary positions of the kind {kind!r}, whose frequencies are others for all "
+            f"texts once one is longer than {limit} tokens; {remedy} tokens",
+        )
+
+
+def lengths_that_turn(model: Any) -> list[tuple[str, int]]:
+    """Return the kinds of rotary positions that change with the length of a text, and beyond which length they do."""
+    known: dict[Any, Any] = model.__dict__.setdefault(_CACHE, {})
+    if "limits" not in known:
+        found: set[tuple[str, int]] = set()
+        for module in model.modules():
+            kinds = getattr(module, "rope_type", None)
+            for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+                if kind == "longrope":
+                    settings = module.config.rope_parameters
+                    settings = settings if layer is None else settings[layer]
+                    found.add((kind, int(settings["original_max_position_embeddings"])))
+                elif kind == "dynamic":
+                    found.add((kind, int(module.original_max_seq_len)))
+        known["limits"] = sorted(found)
+    return known["limits"]
+
+
+def _check_mask(mask: Tensor) -> None:
     """Raise where tokens are masked between others: what predicts the one behind them is nothing that is there."""
     begins = (mask[:, 1:] > mask[:, :-1]).sum(-1) + (mask[:, 0] > 0)
     _check(
         begins <= 1,
         "attention_mask has holes, zeros between ones; take the tokens out of the row and mask padding only",
     )
+    if mask.dtype != torch.bool:
+        _check(
+            (mask == 0) | (mask == 1),
+            "attention_mask has values other than 0 and 1, which models take for 1; pass 1 for tokens and 0 for "
+            "padding, and say where the sequences of packed rows part by position_ids and segment, without a mask",
+        )
 
 
-def _starts_again(positions: Tensor) -> Tensor:  # (B, T) -> (B, T - 1)
-    return (positions[:, 1:] == 0) & (positions[:, :-1] > 0)
+def _check_counting(positions: Tensor) -> None:
+    """Raise where a row without a mask goes on at another position, which families read in different ways."""
+    after, before = positions[:, 1:], positions[:, :-1]
+    _check(
+        (after == before + 1) | (after == 0),
+        "position_ids of rows without attention_mask neither go on by 1 nor start again at 0; count each sequence of a "
+        "packed row from 0, or pass the attention_mask of padded rows",
+    )
 
 
-def _check_one_text(mask: Tensor, positions: Tensor) -> None:
+def _check_one_text(mask: Tensor, positions: Tensor, embeds: bool) -> None:
     """Raise where a row is packed and has a mask: it would let each of its sequences see those before it."""
     seen = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    after, before = positions[:, 1:], positions[:, :-1]
+    # Virtual tokens, which are embeddings, may all stand at 0 in front of a text.
+    again = (after <= before) & (after >= 0) & (before >= int(embeds))
     _check(
-        ~(_starts_again(positions.to(mask.device)) & seen),
+        ~(again.to(mask.device) & seen),
         "position_ids start again inside a row that has an attention_mask, by which its sequences would see one "
         "another; leave attention_mask out of packed rows",
     )

@@ -62,7 +62,7 @@ def packed_keywords(model: Any, style: Style, positions: Tensor) -> dict[str, An
     keywords: dict[str, Any] = {} if style.first is None else {"position_ids": positions + style.first}
     segment = (positions[0] == 0).cumsum(-1) - 1
     if style.packed == "varlen":
-        starts = (positions[0] == 0).nonzero()[:, 0]
+        starts = torch.nn.functional.pad(positions[0, 1:] == 0, (1, 0), value=True).nonzero()[:, 0]
         ends = torch.cat([starts, starts.new_tensor([positions.shape[1]])]).int()
         longest = int(ends.diff().max())
         keywords |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

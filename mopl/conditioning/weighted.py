@@ -23,8 +23,8 @@ from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.text_prompt import TextPrompt
 
 __all__ = [
-    "KINDS", "Conditioned", "WeightedModel", "causal_lm_of", "check_packed", "has_own_prompt", "keywords_for_prompts",
-    "reads_left_padding", "registered_kind",
+    "KINDS", "Conditioned", "WeightedModel", "active_adapters", "causal_lm_of", "check_packed", "check_padding",
+    "has_own_prompt", "keywords_for_prompts", "reads_left_padding", "registered_kind",
 ]  # fmt: skip
 
 
@@ -319,31 +319,61 @@ def causal_lm_of(model: Any) -> Any:
     return model.get_base_model() if is_peft(model) else model
 
 
-def has_own_prompt(model: Any) -> bool:
-    """Say whether PEFT puts virtual tokens of its own in front of each row, and so drops the positions of a call.
+def active_adapters(model: Any) -> list[Any]:
+    """Return the configurations of PEFT's adapters that a call goes through, none where they are switched off.
 
     Args:
-        model: A model, as DDP and the like, or torch's compiler, may have wrapped it.
+        model: A model, as DDP and the like, torch's compiler, or a `WeightedModel`, may have wrapped it.
     """
-    parts = getattr(model, "_modules", {})
-    while (inside := parts.get("module", parts.get("_orig_mod"))) is not None and not is_peft(model):
-        model, parts = inside, inside._modules
-    if not is_peft(model) or model._adapters_disabled:
-        return False
-    return any(model.peft_config[name].is_prompt_learning for name in model.active_adapters)
+    while not is_peft(model):
+        parts = getattr(model, "_modules", {})
+        names = ("module", "_orig_mod", *["model"] * isinstance(model, WeightedModel))
+        model = next((parts[name] for name in names if parts.get(name) is not None), None)
+        if model is None:
+            return []
+    return [] if model._adapters_disabled else [model.peft_config[name] for name in model.active_adapters]
+
+
+def has_own_prompt(model: Any) -> bool:
+    """Say whether PEFT puts virtual tokens of its own in front of each row, and so drops the positions of a call."""
+    return any(config.is_prompt_learning for config in active_adapters(model))
 
 
 def check_packed(model: Any) -> None:
-    """Raise where a packed row would get PEFT's virtual tokens once, and be read as one text.
+    """Raise where PEFT would treat a packed row as one text.
 
     Raises:
-        UnsupportedModelError: If PEFT puts virtual tokens in front of the model's rows.
+        UnsupportedModelError: If PEFT puts virtual tokens in front of the model's rows, or its adapters begin at tokens
+            that it looks for in a row (activated LoRA).
     """
+    remedy = "leave packing off (padding_free=False), so that rows are padded"
     if has_own_prompt(model):
         raise UnsupportedModelError(
             "PEFT puts virtual tokens in front of a row, not of each sequence that is packed into it, and drops "
-            "position_ids, so that the sequences would see one another; leave packing off (padding_free=False), so "
-            "that rows are padded"
+            f"position_ids, so that the sequences would see one another; {remedy}"
+        )
+    if any(getattr(config, "alora_invocation_tokens", None) for config in active_adapters(model)):
+        raise UnsupportedModelError(
+            "an adapter has alora_invocation_tokens, which PEFT looks for once in a row, not in each sequence that is "
+            f"packed into it, so that the others would be scored without the adapter, or all with it; {remedy}"
+        )
+
+
+def check_padding(model: Any, mask: Tensor | None, remedy: str) -> None:
+    """Raise where padding on the left would stand between PEFT's virtual tokens and the text.
+
+    Args:
+        model: A model, wrapped or not.
+        mask: (B, T), or None if nothing is padded.
+        remedy: What to do.
+
+    Raises:
+        UnsupportedModelError: If a row is padded so, and PEFT puts virtual tokens in front.
+    """
+    if mask is not None and has_own_prompt(model) and bool((mask[:, 0] == 0).any()):
+        raise UnsupportedModelError(
+            "PEFT puts virtual tokens in front of a row's padding on the left, which moves them away from the text; "
+            f"{remedy}"
         )
 
 
@@ -359,9 +389,5 @@ def keywords_for_prompts(model: Any, mask: Tensor) -> dict[str, Any]:
     """Return what `generate` is to be told of prompts padded as a mask (B, T) shows; some models tell by themselves."""
     if isinstance(model, WeightedModel) and model.arranges_rows:
         return {}
-    if has_own_prompt(model) and bool((mask[:, 0] == 0).any()):
-        raise UnsupportedModelError(
-            "PEFT puts virtual tokens in front of a row's padding, which moves them away from the text; pass one "
-            "prompt at a time (batch_size=1)"
-        )
+    check_padding(model, mask, "pass one prompt at a time (batch_size=1)")
     return generation_keywords(causal_lm_of(model), mask)

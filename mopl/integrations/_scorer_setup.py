@@ -22,7 +22,7 @@ from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import base_of_adapter
 from mopl.integrations._head_losses import HEAD_LOSSES
 from mopl.integrations._settings import with_help
-from mopl.rewards.writing import LENGTH, RECORD, SequenceWriter, longest_input, settle_padding
+from mopl.rewards.writing import LENGTH, RECORD, SequenceWriter, check_alike, longest_input, settle_padding
 from mopl.training.zero_settings import check_config
 
 
@@ -154,7 +154,9 @@ def _with_adapters(model: Any, peft_config: Any) -> Any:
     return get_peft_model(model, peft_config)
 
 
-def prepare_writer(model: Any, tokenizer: Any, inputs: str, max_length: int | None) -> SequenceWriter:
+def prepare_writer(
+    model: Any, tokenizer: Any, inputs: str, max_length: int | None, mini_batch_size: int | None
+) -> SequenceWriter:
     """Return what writes lists for the model, and note it in the model's configuration for `ClassifierReward`."""
     if tokenizer is None:
         raise ValueError("processing_class is missing; pass the tokenizer")
@@ -162,8 +164,7 @@ def prepare_writer(model: Any, tokenizer: Any, inputs: str, max_length: int | No
         inputs = "chat" if getattr(tokenizer, "chat_template", None) else "pair"
     config = model.config
     writer = SequenceWriter(tokenizer, inputs, 0)
-    config.pad_token_id = tokenizer.pad_token_id  # decoder models find the last token of a row by it
-    settle_padding(model, tokenizer)
+    padded = settle_padding(model, tokenizer)
     longest = longest_input(config, tokenizer)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length} but must be at least 1")
@@ -171,6 +172,7 @@ def prepare_writer(model: Any, tokenizer: Any, inputs: str, max_length: int | No
     if max_length is not None and positions is not None and max_length > positions:
         raise ValueError(f"max_length is {max_length} but the model has {positions} positions; pass {longest} at most")
     writer.max_length = max_length or longest
+    check_alike(model, padded, writer.max_length, mini_batch_size)
     setattr(config, RECORD, inputs)
     setattr(config, LENGTH, writer.max_length)
     return writer

@@ -163,7 +163,7 @@ class RewardListTrainer(StepTrainer):
 
         # ---- model and tokens
         model = load_scorer(model, self.objectives, peft_config, model_init_kwargs)
-        self.writer = prepare_writer(model, processing_class, args.inputs, args.max_length)
+        self.writer = prepare_writer(model, processing_class, args.inputs, args.max_length, args.mini_batch_size)
         if recomputes(args) and is_peft(model):
             # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
             model.enable_input_require_grads()

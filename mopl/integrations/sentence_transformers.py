@@ -28,7 +28,7 @@ from sentence_transformers.util import batch_to_device
 from mopl.conditioning.sampling import check_weights
 from mopl.integrations._head_losses import HeadLoss, OneLoss, named
 from mopl.integrations._setup import check_labels
-from mopl.rewards.writing import RECORD, settle_padding
+from mopl.rewards.writing import RECORD, check_alike, longest_input, settle_padding
 from mopl.training.gradient_cache import score_in_parts
 
 __all__ = ["ListLoss"]
@@ -104,7 +104,10 @@ class ListLoss(nn.Module):
         self.register_buffer("_weights", weights[None], persistent=False)
         inner = getattr(model, "model", None)
         if inner is not None and getattr(model.tokenizer, "pad_token_id", None) is not None:
-            settle_padding(inner, model.tokenizer)
+            padded = settle_padding(inner, model.tokenizer)
+            name = "max_seq_length" if hasattr(model, "max_seq_length") else "max_length"  # as newer versions call it
+            longest = getattr(model, name, None) or longest_input(inner.config, model.tokenizer)
+            check_alike(inner, padded, longest, mini_batch_size)
         if objectives is not None and inner is not None:
             inner.config.id2label = dict(enumerate(self.objectives))
             inner.config.label2id = {name: number for number, name in enumerate(self.objectives)}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopl._rows import check_sequences
+from mopl.conditioning.weighted import active_adapters, check_packed, check_padding
 from mopl.language_models._head_scores import IGNORE_INDEX
 from mopl.ops import sequence_logprob
 
@@ -58,10 +60,27 @@ class TargetRows:
                     "batch has segment but no position_ids, without which a model takes a packed row for one text; "
                     "pass positions (1, T) that start again at 0 with each sequence"
                 )
-            # The last token of one sequence must not predict the first of the next.
-            crosses = segment[:, :-1] != segment[:, 1:]
-            targets[:, :-1] = targets[:, :-1].masked_fill(crosses, IGNORE_INDEX)
+            check_sequences(segment, inputs["position_ids"])
+        # The last token of one sequence must not predict the first of the next.
+        if (crosses := _crosses(segment, inputs)) is not None:
+            targets[:, :-1] = targets[:, :-1].masked_fill(crosses.to(targets.device), IGNORE_INDEX)
         return cls(inputs, targets, segment, sequences)
+
+    def check(self, model: Any) -> None:
+        """Raise where an adapter of PEFT around the model, or what is wrapped around it, would misread such rows."""
+        if not active_adapters(model):
+            return
+        if self.packed:
+            check_packed(model)
+        check_padding(model, self.inputs.get("attention_mask"), "pad on the right (padding_side='right')")
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several sequences."""
+        if self.segment is not None:
+            return True
+        crosses = _crosses(None, self.inputs)
+        return crosses is not None and bool(crosses.any())
 
     def total(self, values: Tensor, *, average: bool = False) -> tuple[Tensor, Tensor]:
         """Return the sum of values (N, T), or their mean, over the targets of each sequence, and how many there are."""
@@ -72,3 +91,13 @@ class TargetRows:
         flat, keep = self.segment.reshape(-1).to(values.device), counted.reshape(-1)
         lengths = torch.zeros(count, dtype=torch.long, device=flat.device).index_add_(0, flat.clamp(min=0), keep.long())
         return sequence_logprob(values.reshape(-1), flat, mask=keep, sequences=count, average=average), lengths
+
+
+def _crosses(segment: Tensor | None, inputs: Mapping[str, Any]) -> Tensor | None:  # (N, T - 1)
+    """Return before which tokens a packed row begins another sequence; None of rows that are not packed."""
+    if segment is not None:
+        return segment[:, :-1] != segment[:, 1:]
+    positions = inputs.get("position_ids")
+    if inputs.get("attention_mask") is not None or positions is None or positions.ndim != 2:
+        return None
+    return positions[:, 1:] == 0

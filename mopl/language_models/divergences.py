@@ -36,6 +36,7 @@ def states_of(model: nn.Module, batch: Mapping[str, Any], **model_kwargs: Any) -
         ValueError: If the model is not fused, or as `score_sequences`.
     """
     rows = TargetRows.of(batch)
+    rows.check(model)
     found = model(**rows.inputs, targets=rows.targets, return_states=True, **model_kwargs)
     if not isinstance(found, HeadStates):
         raise ValueError("the teacher is not fused: call mopl.alignment.fuse(model) on the causal language model first")
@@ -68,6 +69,7 @@ def divergences(
         ValueError: If a teacher predicts other tokens or has another vocabulary, or as `score_sequences`.
     """
     rows = TargetRows.of(batch)
+    rows.check(model)
     output = model(
         **rows.inputs, targets=rows.targets, teachers=tuple(teachers), distillation=how, return_log_probs=scores,
         **model_kwargs,

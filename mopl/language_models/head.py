@@ -37,7 +37,6 @@ from mopl._rows import UnsupportedModelError, arranged
 from mopl._sharded import is_dtensor, is_partitioned, whole_shape
 from mopl._threads import Turns, in_turn, measuring
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.weighted import check_packed
 from mopl.language_models._head_scores import IGNORE_INDEX as IGNORE_INDEX
 from mopl.language_models._head_scores import (
     FusedOutput,
@@ -365,8 +364,8 @@ def score_sequences(
             (N, T), true on response tokens); optionally `attention_mask` (padding on either side, no holes) and
             `position_ids`, counted from 0; without these, positions are those of the mask. For padding-free packing
             N = 1, `segment` (1, T) holds the number 0, 1, ... of each token's sequence and `position_ids` restart with
-            each; `sequences` says how many there are (without it the largest number is read, which makes a GPU
-            wait). Other entries go to the model.
+            each, in the same places; `sequences` says how many there are (without it the largest number is read, which
+            makes a GPU wait). Other entries go to the model.
         temperature: a number, or (N, T), by which logits are divided.
         average: give the mean over a response's tokens in place of the sum; an empty response scores 0.
         **model_kwargs: keywords of the model's forward.
@@ -375,13 +374,12 @@ def score_sequences(
         `SequenceScores`.
 
     Raises:
-        ValueError: if the batch lacks `input_ids` or both `labels` and `response_mask`, shapes differ, or a mask has
-            holes.
+        ValueError: if the batch lacks `input_ids` or both `labels` and `response_mask`, shapes differ, a mask has holes
+            or other values than 0 and 1, or `segment` and `position_ids` part a row in different places.
         UnsupportedModelError: if the model gives rows that are padded or packed like this other scores than alone.
     """
     rows = TargetRows.of(batch)
-    if rows.segment is not None:
-        check_packed(model)
+    rows.check(model)
     output = model(**rows.inputs, targets=rows.targets, temperature=temperature, **model_kwargs)
     if not isinstance(output, FusedOutput):
         raise ValueError("the model is not fused: call mopl.alignment.fuse(model) on the causal language model first")

@@ -6,6 +6,7 @@ forward pass: `classifier_rewards`, or `classifier:directory=DIR` where rewards 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._hub import loading
 from mopl.rewards.reward import Prompt, content_key
-from mopl.rewards.writing import INPUTS, LENGTH, RECORD, SequenceWriter, longest_input, settle_padding
+from mopl.rewards.writing import INPUTS, LENGTH, RECORD, SequenceWriter, longest_input, settle_padding, turns_within
 
 REMEMBERED = 20_000  # texts whose outputs are kept for the other rewards of a model: more than a rollout has
 
@@ -60,10 +61,9 @@ class _Classifier:
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         config = self.model.config
         self.writer = SequenceWriter(tokenizer, inputs or getattr(config, RECORD, None) or "text", 0)
-        # Decoder models find the last token of a row by their config's pad token.
-        config.pad_token_id = tokenizer.pad_token_id
-        settle_padding(self.model, tokenizer)
+        self.padded = settle_padding(self.model, tokenizer)
         self.writer.max_length = max_length or getattr(config, LENGTH, None) or longest_input(config, tokenizer)
+        self.padded &= not turns_within(self.model, self.writer.max_length)
         self.batch_size = batch_size
         self.names = {int(number): text for number, text in config.id2label.items()}
         self.shared = False  # whether several rewards ask for the same texts
@@ -84,18 +84,25 @@ class _Classifier:
 
     @torch.inference_mode()
     def _run(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-        written = [self.writer.text(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
-        order = sorted(range(len(written)), key=lambda place: sum(map(len, written[place])))
-        values = torch.empty(len(written), len(self.names))
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            batch = self.writer.tokens([written[place] for place in places], padding=True, return_tensors="pt")
-            values[places] = self.model(**batch.to(self.device)).logits.float().cpu()
+        rows = self.writer.rows([self.writer.text(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
+        lengths = [len(row["input_ids"]) for row in rows]
+        values = torch.empty(len(rows), len(self.names))
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        # Where padding would change a row's outputs, the rows of a batch are of one length.
+        for _, group in itertools.groupby(order, lambda place: 0 if self.padded else lengths[place]):
+            alike = list(group)
+            for start in range(0, len(alike), self.batch_size):
+                places = alike[start : start + self.batch_size]
+                batch = self.writer.padded([rows[place] for place in places])
+                values[places] = self.model(**batch.to(self.device)).logits.float().cpu()
         return values
 
 
 class ClassifierReward:
     """One output of a sequence-classification model.
+
+    A text has the output that it has alone. Of the few models that padding changes, whichever side it is on, the texts
+    of a forward pass are of one length. A text without a token is seen as the tokenizer's end-of-sequence token.
 
     Args:
         directory: Of the model and its tokenizer (`save_pretrained`), or a name on the Hugging Face hub.
@@ -115,8 +122,8 @@ class ClassifierReward:
     Raises:
         ImportError: If transformers is not installed.
         OSError: If there is no such model.
-        ValueError: If a choice is unknown, the label does not exist or is not named, or the tokenizer lacks what
-            `inputs` needs.
+        ValueError: If a choice is unknown, the label does not exist or is not named, the tokenizer lacks what `inputs`
+            needs, or `max_length` is beyond what "dynamic" rotary positions are trained for.
     """
 
     def __init__(

@@ -7,8 +7,10 @@ peft = pytest.importorskip("peft")
 import tiny_language_models as tiny
 
 from mopl._rows import UnsupportedModelError
+from mopl.conditioning import ParameterMixture
 from mopl.conditioning.weighted import check_packed, has_own_prompt
 from mopl.decoding import logit_mixing
+from mopl.language_models.divergences import states_of
 from mopl.language_models.generate import generate
 from mopl.language_models.head import fuse, score_sequences
 
@@ -46,8 +48,43 @@ def test_packed_rows_are_refused_and_padded_ones_scored_as_alone(config) -> None
     for wrapped in (model, torch.nn.DataParallel(model)):
         with pytest.raises(UnsupportedModelError, match="padding_free=False"):
             score_sequences(wrapped, packed)
+    del packed["segment"]
+    with pytest.raises(UnsupportedModelError, match="padding_free=False"):
+        score_sequences(model, packed)
     with model.disable_adapter():
         check_packed(model)  # the base model, a reference, packs
+    mixture = ParameterMixture(model, 2)
+    with pytest.raises(UnsupportedModelError, match="padding_free=False"):
+        score_sequences(mixture, packed, weights=torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["prompt", "prefix"])
+def test_rows_padded_on_the_left_are_refused_for_what_they_are(config) -> None:
+    ids = torch.tensor([[7, 9, 11, 30, 8], [0, 0, 44, 12, 6]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    for score in (score_sequences, states_of):
+        with pytest.raises(UnsupportedModelError, match=r"row's padding on the left.*padding_side='right'"):
+            score(tuned(config), batch)
+
+
+def test_packed_rows_of_adapters_that_begin_at_tokens_are_refused() -> None:
+    """PEFT looks for the tokens once in a row."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, alora_invocation_tokens=[50, 51],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = tuned(config)
+    rows = [torch.tensor(row) for row in ([7, 50, 51, 30, 8, 9], [44, 12, 50, 51, 6])]
+    alone = torch.cat([score_sequences(model, {"input_ids": row[None], "labels": row[None]}).scores for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    torch.testing.assert_close(score_sequences(model, batch).scores, alone, rtol=1e-4, atol=1e-4)
+    packed = {
+        "input_ids": torch.cat(rows)[None], "labels": torch.cat(rows)[None],
+        "position_ids": torch.tensor([[*range(6), *range(5)]]), "segment": torch.tensor([[0] * 6 + [1] * 5]),
+    }  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"alora_invocation_tokens.*padding_free=False"):
+        score_sequences(model, packed)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["prompt", "prefix"])

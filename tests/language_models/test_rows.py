@@ -115,6 +115,145 @@ def test_packed_rows_that_a_model_would_read_as_one_text_are_refused() -> None:
         score_sequences(model, batch)
 
 
+def packed_of(lengths: list[int], rows: int = 1) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Sequences of random tokens, and a batch that has them in so many packed rows."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(7, 90, (length,), generator=generator) for length in lengths]
+    parts = {
+        "input_ids": sequences,
+        "position_ids": [torch.arange(length) for length in lengths],
+        "segment": [torch.full((length,), number) for number, length in enumerate(lengths)],
+    }
+    batch = {name: torch.cat(part).view(rows, -1) for name, part in parts.items()}
+    return sequences, {**batch, "labels": batch["input_ids"]}
+
+
+def scores_alone(model: nn.Module, sequences: list[Tensor]) -> Tensor:
+    return torch.cat([score_sequences(model, {"input_ids": s[None], "labels": s[None]}).scores for s in sequences])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_packed_row_may_begin_with_a_sequence_of_one_token(rows: int) -> None:
+    sequences, batch = packed_of([1, 5, 1, 5], rows)
+    model = fuse(models.build("llama"))
+    expected = scores_alone(model, sequences)
+    torch.testing.assert_close(score_sequences(model, batch).scores, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="leave attention_mask out of packed rows"):
+        score_sequences(model, {**batch, "attention_mask": torch.ones_like(batch["input_ids"])})
+    if rows == 2:  # a family that is not told by positions alone
+        with pytest.raises(UnsupportedModelError, match="pass one packed row at a time"):
+            score_sequences(fuse(models.build("opt")), batch)
+
+
+def test_packed_rows_without_segment_have_no_score_across_two_sequences() -> None:
+    model = fuse(models.build("gpt2"))
+    sequences, batch = packed_of([4, 1, 6])
+    del batch["segment"]
+    found = score_sequences(model, batch)
+    torch.testing.assert_close(found.scores, scores_alone(model, sequences).sum(0, keepdim=True), rtol=1e-4, atol=1e-4)
+    assert found.lengths.tolist() == [3 + 0 + 5]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("position_ids", [[0, 1, 2, 3, 4, 5]]),  # no second sequence
+        ("position_ids", [[1, 2, 3, 1, 2, 3]]),  # counted from 1
+        ("position_ids", [[0, 1, 2, 0, 1, 3]]),
+        ("position_ids", [[0, 1, 2, 0, 1, 0]]),  # a third
+        ("segment", [[0, 0, 0, 0, 0, 0]]),
+        ("segment", [[0, 0, 1, 1, 1, 1]]),
+    ],
+)
+def test_packed_rows_that_segment_and_positions_part_differently_are_refused(family, name, value) -> None:
+    batch = {**packed_of([3, 3])[1], name: torch.tensor(value)}
+    with pytest.raises(ValueError, match="position_ids and segment do not part a packed row in the same places"):
+        score_sequences(fuse(models.build(family)), batch)
+
+
+def test_a_number_of_segment_stands_for_one_sequence() -> None:
+    model = fuse(models.build("llama"))
+    sequences, batch = packed_of([3, 3, 2, 4], 2)
+    for numbers in ([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]], [[0, 0, 0, 1, 1, 1], [0, 0, 2, 2, 2, 2]]):
+        with pytest.raises(ValueError, match="segment has one number for several sequences"):
+            score_sequences(model, {**batch, "segment": torch.tensor(numbers)})
+    batch["segment"] = torch.tensor([[2, 2, 2, 1, 1, 1], [-1, -1, 0, 0, 0, 0]])  # any order, and padding
+    found = score_sequences(model, batch).scores
+    torch.testing.assert_close(found, scores_alone(model, [sequences[n] for n in (3, 1, 0)]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt", "bloom"])
+def test_rows_without_a_mask_whose_positions_jump_are_refused(family: str) -> None:
+    """Some families take a jump for another sequence, some for a gap, some see none."""
+    model, ids = fuse(models.build(family)), torch.tensor([[31, 8, 55, 61, 12]])
+    for positions in ([[1, 2, 1, 2, 3]], [[0, 1, 4, 5, 6]]):
+        with pytest.raises(ValueError, match="neither go on by 1 nor start again at 0"):
+            score_sequences(model, {"input_ids": ids, "labels": ids, "position_ids": torch.tensor(positions)})
+    shifted = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(3, 8)[None]}
+    if family in ("mpt", "bloom"):
+        with pytest.raises(UnsupportedModelError, match="does not heed position_ids"):
+            score_sequences(model, shifted)
+    else:
+        expected = model(input_ids=ids, position_ids=torch.arange(3, 8)[None]).logits.log_softmax(-1)
+        expected = expected[:, :-1].gather(2, ids[:, 1:, None]).sum((1, 2))
+        torch.testing.assert_close(score_sequences(model, shifted).scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [[2, 2, 1, 1, 1], [1, 1, 2, 2, 2], [0.0, 0.0, 0.5, 0.5, 0.5]])
+def test_a_mask_of_other_numbers_than_0_and_1_is_refused(mask: list[float]) -> None:
+    """Some collators number sequences in it, which models read as one text."""
+    ids = torch.tensor([[31, 8, 55, 61, 12]])
+    with pytest.raises(ValueError, match=r"values other than 0 and 1|holes"):
+        score_sequences(
+            fuse(models.build("llama")), {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([mask])}
+        )
+
+
+def rotary(kind: str) -> nn.Module:
+    """A model whose rotary positions are others beyond 16 tokens."""
+    rope, positions = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}, 16
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+        positions = 64
+    return fuse(models.build("llama", rope_parameters=rope, max_position_embeddings=positions))
+
+
+def padded_of(sequences: list[Tensor]) -> dict[str, Tensor]:
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    mask = (ids > 0).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.parametrize("lengths", [[9, 16], [20, 30]])
+def test_rows_on_one_side_of_a_length_at_which_positions_change_are_scored_as_alone(lengths: list[int]) -> None:
+    model, (sequences, packed) = rotary("longrope"), packed_of(lengths)
+    expected = scores_alone(model, sequences)
+    for batch in (packed, padded_of(sequences)):
+        torch.testing.assert_close(score_sequences(model, batch).scores, expected, rtol=1e-4, atol=1e-4)
+    if lengths[-1] == 16:
+        model = rotary("dynamic")
+        expected = scores_alone(model, sequences)
+        for batch in (packed, padded_of(sequences)):
+            torch.testing.assert_close(score_sequences(model, batch).scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_on_both_sides_of_a_length_at_which_positions_change_are_refused() -> None:
+    sequences, packed = packed_of([9, 20])
+    for batch in (packed, padded_of(sequences)):
+        with pytest.raises(ValueError, match=r"'longrope'.*longer than 16 tokens; pass longer texts one at a time"):
+            score_sequences(rotary("longrope"), batch)
+        with pytest.raises(ValueError, match=r"'dynamic'.*cut all to 16 tokens"):
+            score_sequences(rotary("dynamic"), batch)
+    with pytest.raises(ValueError, match=r"'dynamic'.*cut all to 16 tokens"):  # what follows would have its positions
+        scores_alone(rotary("dynamic"), sequences)
+    model, mask = rotary("longrope"), torch.ones(2, 20, dtype=torch.long)
+    generation_keywords(model, mask)
+    mask[1, :11] = 0
+    with pytest.raises(ValueError, match="pass longer texts one at a time"):
+        generation_keywords(model, mask)
+
+
 def test_positions_of_rows_without_a_mask_count_from_zero_in_every_family() -> None:
     model, ids = fuse(models.build("roberta")), packed_rows(2)["input_ids"]
     expected = score_sequences(model, {"input_ids": ids, "labels": ids}).scores
