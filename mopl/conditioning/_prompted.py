@@ -20,7 +20,7 @@ from mopl._counted import counted, there_are
 from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, generation_keywords
 from mopl.conditioning._extended_rows import ExtendedRows
-from mopl.conditioning.causal_lm import check_prompts, check_text, count_new_tokens
+from mopl.conditioning.causal_lm import check_prompts, check_text, count_new_tokens, generate_option
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.weighted import WeightedModel
 
@@ -142,7 +142,7 @@ class PromptedModel(WeightedModel):
         if "beta" in given:
             given["beta"] = check_positive(torch.as_tensor(given["beta"]), "beta")
         for name in self.NOT_GENERATED_WITH:
-            if kwargs.get(name, getattr(config, name, None)) is not None:
+            if generate_option(name, kwargs, own) is not None:
                 raise ValueError(f"{name} cannot be used with {self.BY}; leave it out")
         rows, text = self._extended(input_ids, mask, None, 0, given, kwargs)
         kwargs |= self._generation_arrangement(rows)

@@ -156,6 +156,17 @@ def mask_of_prompts(input_ids: Tensor, pad: int | None) -> Tensor:  # (B, T) -> 
     return torch.ones_like(input_ids)
 
 
+def generate_option(name: str, kwargs: dict[str, Any], own: Any) -> Any:
+    """Return what `generate` of transformers takes for an option: what the call says, or else its configuration.
+
+    The model's `own` generation_config fills in what that of the call leaves at None.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    given = getattr(kwargs.get("generation_config"), name, None)
+    return getattr(own, name, None) if given is None else given
+
+
 def count_new_tokens(kwargs: dict[str, Any], config: Any, length: int) -> None:
     """Turn lengths of the whole text into numbers of new tokens: `generate` would count virtual tokens as text."""
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

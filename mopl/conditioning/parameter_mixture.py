@@ -57,7 +57,7 @@ from mopl.conditioning._parameter_mixture_parts import (
     state_of,
 )
 from mopl.conditioning.adapted import Place, shared_places
-from mopl.conditioning.causal_lm import check_prompts, untie_head
+from mopl.conditioning.causal_lm import check_prompts, generate_option, untie_head
 from mopl.conditioning.merging import check_mixed_rows, copied, logits_of, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
@@ -265,10 +265,7 @@ class ParameterMixture(Mixture):
                 parts.append(self.model.generate(**rows_of(index, rows, (), given)[1]))
         if len(groups) == 1:
             return parts[0]
-        pad = kwargs.get("pad_token_id")
-        if pad is None:
-            pad = getattr(kwargs.get("generation_config") or self.model.generation_config, "pad_token_id", None)
-        return join_generated(parts, groups, pad)
+        return join_generated(parts, groups, generate_option("pad_token_id", kwargs, self.model.generation_config))
 
     # ---------------------------------------------------------------- one mixture
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
-from mopl.conditioning.causal_lm import mask_of_prompts
+from mopl.conditioning.causal_lm import generate_option, mask_of_prompts
 from mopl.conditioning.weighted import causal_lm_of, keywords_for_prompts
 
 ACT_BEFORE: dict[str, Any] = {
@@ -51,13 +51,13 @@ def generate_by(
             raise ValueError(
                 f"{type(one).__name__} is in training mode, where dropout makes it another model; call eval()"
             )
-    config = kwargs.get("generation_config") or model.generation_config
+    own = model.generation_config
     for name in (*ACT_BEFORE, *_REFUSED):
-        value = kwargs.get(name, getattr(config, name, None))
+        value = generate_option(name, kwargs, own)
         if value is not None and value != ACT_BEFORE.get(name):
             raise ValueError(f"{name} acts on one model before the mixture, not on the mixture; leave it out")
     if mask is None:
-        mask = mask_of_prompts(tokens, kwargs.get("pad_token_id", getattr(config, "pad_token_id", None)))
+        mask = mask_of_prompts(tokens, generate_option("pad_token_id", kwargs, own))
     check_left_padding(mask)
     positions, *_ = [keywords_for_prompts(one, mask) for one in (model, *others)]  # or refused, each
     kwargs = {**positions, **kwargs}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mopl._arguments import check_positive
 from mopl._counted import counted, there_are
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
+from mopl.conditioning.causal_lm import generate_option
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.decoding import ACT_BEFORE
 from mopl.language_models.data import RowError
@@ -197,7 +198,8 @@ def generate_options(
                 "token each time"
             )
     given = kwargs.pop("generation_config", None)
-    config = copy.deepcopy(given or causal_lm_of(model).generation_config)
+    own = causal_lm_of(model).generation_config
+    config = copy.deepcopy(given or own)
     config.max_length = None
     for name, idle in ACT_BEFORE.items() if mixed else ():
         if kwargs.get(name, getattr(given, name, None)) not in (None, idle):
@@ -214,7 +216,7 @@ def generate_options(
     sampling = [name for name in _NO_WARPING if kwargs.get(name) is not None]
     if several and rerank == "resample":
         found = [*sampling, *(name for name in ("logits_processor",) if kwargs.get(name))]
-        found += ["top_h"] if kwargs.get("top_h") or getattr(config, "top_h", None) else []
+        found += ["top_h"] if generate_option("top_h", {**kwargs, "generation_config": config}, own) else []
         if found:
             raise ValueError(
                 f"rerank='resample' weighs samples by the distribution they come from, which {', '.join(found)} would "
@@ -226,8 +228,8 @@ def generate_options(
         # The values that mean nothing: those of the model's generation_config would be warned about.
         config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
     if "eos_token_id" in kwargs:
-        own = kwargs["eos_token_id"]
-        ends = TurnEnds(tokenizer, (own,) if isinstance(own, int) else tuple(own or ()))
+        end = kwargs["eos_token_id"]
+        ends = TurnEnds(tokenizer, (end,) if isinstance(end, int) else tuple(end or ()))
     else:
         ends = turn_ends(encoder, config)
         if guided_model is not None:
@@ -242,4 +244,8 @@ def generate_options(
         kwargs.setdefault("tokenizer", tokenizer)
     # What is a setting goes into the configuration; the rest are objects, or names that transformers will refuse.
     others = config.update(**kwargs, max_new_tokens=max_new_tokens, num_return_sequences=candidates)
-    return {**others, "generation_config": config}, ends
+    # What a configuration leaves at None, transformers takes from the model's own, unless the call says None as well.
+    unset = [
+        name for name in ACT_BEFORE if getattr(config, name, None) is None and getattr(own, name, None) is not None
+    ]
+    return {**others, **dict.fromkeys(unset if mixed else ()), "generation_config": config}, ends

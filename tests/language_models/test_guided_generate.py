@@ -1,6 +1,7 @@
 """A small model that guides a large one in `generate`: closed forms over all responses, scale as the special case."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ peft = pytest.importorskip("peft")
 
 from bench.families import models as families
 from mopl.conditioning import LoraMixture, ParameterMixture, TextPrompt
+from mopl.decoding import dera
 from mopl.language_models.generate import generate
 from mopl.language_models.guiding import check_same_tokenizer
 from mopl.language_models.reference_mixture import ReferenceMixture
@@ -211,6 +213,28 @@ def test_penalties_of_the_models_own_configuration_are_left_out() -> None:
     model.causal_lm.generation_config.repetition_penalty = 5.0
     assert generate(model, tokenizer(), PROMPTS, WEIGHTS, guided_model=large, scale=0.5, **LONG) == free
     assert model.causal_lm.generation_config.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exponential_decay_length_penalty", (1, 50.0)),
+        ("sequence_bias", [[[12], -100.0], [[41], -100.0]]),
+        ("watermarking_config", {"bias": 50.0}),
+    ],
+)
+def test_options_that_have_no_idle_value_are_left_out_too(name: str, value: Any) -> None:
+    """What a configuration leaves at None, transformers fills in from the model's own."""
+    model, large = conditioned(), larger()
+    options = {"max_new_tokens": 5, "guided_model": large}
+    free = generate(model, tokenizer(), PROMPTS, WEIGHTS, **options)
+    plain = generate(model, tokenizer(), PROMPTS, WEIGHTS, max_new_tokens=5)
+    config = model.causal_lm.generation_config
+    config.update(**{name: value})
+    assert generate(model, tokenizer(), PROMPTS, WEIGHTS, **options) == free
+    assert generate(model, tokenizer(), PROMPTS, WEIGHTS, max_new_tokens=5) != plain
+    with pytest.raises(ValueError, match=f"{name} acts on one model before"):
+        dera(model.causal_lm, large, 0.5, torch.tensor([[12, 41]]), generation_config=transformers.GenerationConfig())
 
 
 def test_no_penalty_acts_on_one_model_before_scale_mixes_it_with_its_reference() -> None:
