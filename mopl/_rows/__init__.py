@@ -137,12 +137,17 @@ def finding(model: Any, kind: str, *, embeds: bool = False) -> Finding:
     `"packed rows"` (several), `"generate"`.
     """
     key = (kind, embeds, getattr(model.config, "_attn_implementation", None), embedding_of(model).weight.device.type)
-    known: dict[Any, Finding] | None = getattr(model, _CACHE, None)  # torch.compile of 2.11 follows no `setdefault`
-    if known is None:
-        known = model.__dict__[_CACHE] = {}
+    known = _known(model)
     if key not in known:
         known[key] = measured(model, kind, embeds)
     return known[key]
+
+
+def _known(model: Any) -> dict[Any, Any]:
+    """Return what has been found out about a model."""
+    if not hasattr(model, _CACHE):  # torch.compile of 2.11 follows no `setdefault`
+        model.__dict__[_CACHE] = {}
+    return getattr(model, _CACHE)
 
 
 def _style(model: Any, kind: str, embeds: bool, mask: Tensor | None = None) -> Style:
@@ -258,7 +263,7 @@ def _check_lengths(
 
 def lengths_that_turn(model: Any) -> list[tuple[str, int]]:
     """Return the kinds of rotary positions that change with the length of a text, and beyond which length they do."""
-    known: dict[Any, Any] = model.__dict__.setdefault(_CACHE, {})
+    known = _known(model)
     if "limits" not in known:
         found: set[tuple[str, int]] = set()
         for module in model.modules():
