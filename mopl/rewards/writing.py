@@ -182,7 +182,7 @@ def settle_padding(model: Any, tokenizer: Any) -> bool:
         tokenizer.padding_side = "left" if kind == "xlnet" else "right"
         return kind not in _NEITHER_SIDE
     own, other = (found[side] for side in sides)
-    if own > 1 and other < own / 4:
+    if own > 0.04 and other < own / 4:  # where it is rounding after all, the other side is as right
         tokenizer.padding_side = sides[1]
     return min(own, other) <= 1 and kind not in _NEITHER_SIDE
 
