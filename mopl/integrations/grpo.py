@@ -59,7 +59,7 @@ from mopl.integrations._rollouts import (
     unrewarded,
 )
 from mopl.integrations._settings import with_help
-from mopl.integrations._setup import reference_name
+from mopl.integrations._setup import reference_name, warn_of_rounding
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.pareto.front import Front
 from mopl.pareto.grid import weight_grid
@@ -141,8 +141,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
             )  # fmt: skip
         names = None if weighted is None else weighted.record.objectives
         self.objectives = objectives_of(settings.objectives, names, self.reward_func_names)
-        self.reward_func_names = list(self.objectives)
-        m = len(self.objectives)
+        self.reward_func_names, m = list(self.objectives), len(self.objectives)
         self._factors = self.reward_weights.float()  # (m,), TRL's
         self._scale = RunningScale(RewardScale(torch.zeros(m), torch.ones(m), torch.zeros(m)))
         prompts = args.generation_batch_size // args.num_generations
@@ -154,6 +153,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
                 raise ValueError(f"reference_point is {settings.reference_point}; pass one number an objective, {m}")
         if weighted is not None:
             self._stand_around(weighted)
+        warn_of_rounding(self.model, self.accelerator)
 
     def _stand_around(self, model: WeightedModel) -> None:
         """Put the model that takes weights into the place of the one inside, which TRL has prepared."""
