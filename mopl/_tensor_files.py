@@ -50,8 +50,8 @@ def dtype_of(file: str | os.PathLike[str], *, remedy: str = REMEDY) -> torch.dty
     """Return the dtype that holds every floating-point number in a safetensors file; errors as `opened`."""
     with opened(file, remedy=remedy) as handle:
         kinds = {handle.get_slice(name).get_dtype(): name for name in handle.keys()}
-        found = [handle.get_tensor(name).dtype for name in kinds.values()]
-    return functools.reduce(torch.promote_types, [dtype for dtype in found if dtype.is_floating_point] or [torch.float32])
+        dtypes = [handle.get_tensor(name).dtype for name in kinds.values()]
+    return functools.reduce(torch.promote_types, [dtype for dtype in dtypes if dtype.is_floating_point])
 
 
 def check_shapes(file: str | os.PathLike[str], found: Shapes, wanted: Shapes, *, remedy: str = REMEDY) -> None:

@@ -68,7 +68,7 @@ def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu", *, merg
 
 
 def load_reference(tuned: TunedModel, device: str = "cpu") -> Any:
-    """Load the model that stands for the reference, in the dtype of the model, as in its training; None if it is its own.
+    """Load the model that stands for the reference, in the dtype of the model, as in training; None if it is its own.
 
     Answers away from scale 1 are made of the difference of the two, in which the rounding of one alone would stay.
     """

@@ -190,7 +190,7 @@ def test_a_mixture_of_parameters_answers_and_is_exported_as_the_model_of_one_tra
     assert "--weights has 3 numbers" in refused(capsys, "generate", str(folder), "w1", "--weights", "0", "0", "1")
 
 
-def test_what_was_trained_in_float32_from_a_16_bit_model_stays_float32_and_its_reference_with_it(capsys, tmp_path: Path):
+def test_what_was_trained_in_float32_from_a_16_bit_model_stays_float32_as_does_its_reference(capsys, tmp_path: Path):
     build(num_hidden_layers=1).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
