@@ -55,6 +55,7 @@ from mopl.integrations._rollouts import (
     RowWeights,
     load_rollouts,
     objectives_of,
+    rows_model,
     save_rollouts,
     unrewarded,
 )
@@ -259,9 +260,8 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
     # ---------------------------------------------------------------- forward passes
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.model, WeightedModel):
-            assert self._rows is not None
-            model = OfRows(model, self._rows)
+        inner = rows_model(self.accelerator, self.model, generates=not self.args.use_vllm)
+        model = OfRows(model, self._rows if isinstance(self.model, WeightedModel) else None, inner)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
