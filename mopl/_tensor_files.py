@@ -7,6 +7,7 @@ that of another model, is named and costs no memory; weights that are not number
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -43,6 +44,14 @@ def shapes_of(file: str | os.PathLike[str], *, remedy: str = REMEDY) -> dict[str
     """Return the shape of every tensor in a safetensors file by name; errors as `opened`."""
     with opened(file, remedy=remedy) as handle:
         return _shapes(handle)
+
+
+def dtype_of(file: str | os.PathLike[str], *, remedy: str = REMEDY) -> torch.dtype:
+    """Return the dtype that holds every floating-point number in a safetensors file; errors as `opened`."""
+    with opened(file, remedy=remedy) as handle:
+        kinds = {handle.get_slice(name).get_dtype(): name for name in handle.keys()}
+        dtypes = [handle.get_tensor(name).dtype for name in kinds.values()]
+    return functools.reduce(torch.promote_types, [dtype for dtype in dtypes if dtype.is_floating_point])
 
 
 def check_shapes(file: str | os.PathLike[str], found: Shapes, wanted: Shapes, *, remedy: str = REMEDY) -> None:

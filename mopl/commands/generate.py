@@ -5,7 +5,7 @@ from typing import Any
 
 from mopl._lines import texts_of_arguments
 from mopl._terminal import json_line, say
-from mopl.commands.tuned_model import add_model_command, load_tuned_model
+from mopl.commands.tuned_model import add_model_command, load_reference, load_tuned_model
 
 EXAMPLES = """
 examples:
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     reference = None
     guided = arguments.guided_model
     if tuned.reference is not None and (arguments.scale != 1 or beta is not None or guided is not None):
-        reference = models.load_causal_lm(tuned.reference).to(device)
+        reference = load_reference(tuned, device)
     large = None
     if guided is not None:
         check_same_tokenizer(tokenizer.tokenizer, models.load_tokenizer(guided), f"the tokenizer of {guided}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from mopl._records import read_text
 from mopl._terminal import say, shell
-from mopl.commands.tuned_model import TunedModel, add_model_command, load_tuned_model
+from mopl.commands.tuned_model import TunedModel, add_model_command, load_reference, load_tuned_model
 
 KEY_VARIABLE = "MOPL_API_KEY"
 EXAMPLES = f"""
@@ -170,10 +170,9 @@ def _served(tuned: TunedModel, arguments: argparse.Namespace, name: str, device:
         other = models.load_tokenizer(arguments.guided_model)
         check_same_tokenizer(tuned.tokenizer.tokenizer, other, f"the tokenizer of {arguments.guided_model}")
         large = models.load_causal_lm(arguments.guided_model).to(device)
-    reference = None if tuned.reference is None else models.load_causal_lm(tuned.reference).to(device)
     return ServedModel(
         tuned.model, tuned.tokenizer, tuned.objectives, name=name, weights=arguments.weights,
-        beta=arguments.beta or tuned.beta, text_prompt=tuned.text_prompt, reference=reference,
+        beta=arguments.beta or tuned.beta, text_prompt=tuned.text_prompt, reference=load_reference(tuned, device),
         guided_model=large, kl_weight=tuned.kl_weight, takes_weights=tuned.takes_weights, fixed=tuned.fixed,
     )  # fmt: skip
 

@@ -67,6 +67,20 @@ def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu", *, merg
     return _model_of_folder(path, arguments, device, merge)
 
 
+def load_reference(tuned: TunedModel, device: str = "cpu") -> Any:
+    """Load the model that stands for the reference, in the dtype of the model, as in training; None if it is its own.
+
+    Answers away from scale 1 are made of the difference of the two, in which the rounding of one alone would stay.
+    """
+    from mopl.conditioning.weighted import causal_lm_of
+    from mopl.language_models import models
+
+    if tuned.reference is None:
+        return None
+    dtype = str(causal_lm_of(tuned.model).dtype).removeprefix("torch.")
+    return models.load_causal_lm(tuned.reference, dtype=dtype).to(device)
+
+
 def load_mixture(arguments: argparse.Namespace, device: str = "cpu") -> tuple[Any, str, float | None]:
     """Load the model of a run or a folder that answers at every trade-off, for an export of all of them.
 
@@ -197,11 +211,15 @@ def _read_folder(path: Path, base_model: str | None) -> tuple[dict[str, Any], st
 
 def _load_folder(path: Path, name: str, device: str, kl_weight: float | None) -> Any:
     """Load the model of a folder; raise if it takes a KL weight and has none, or the other way round."""
-    from mopl.conditioning.weighted import WeightedModel
+    from mopl._tensor_files import dtype_of
+    from mopl.conditioning.weighted import KINDS, WeightedModel, registered_kind
     from mopl.language_models import models
 
+    kind, dtype = KINDS[registered_kind(path)], "auto"
+    if kind.SAVES_ALL and kind.WEIGHTS_FILE is not None:  # which a base model of 16 bit would round
+        dtype = str(dtype_of(path / kind.WEIGHTS_FILE)).removeprefix("torch.")
     with models.quiet():
-        model = WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
+        model = WeightedModel.from_pretrained(path, models.load_causal_lm(name, dtype=dtype)).to(device)
     if model.takes_kl_weight and kl_weight is None:
         raise ValueError(f"{path} was trained with several KL weights; choose one with --kl-weight")
     if not model.takes_kl_weight:

@@ -57,6 +57,14 @@ def check_model(
             f"the head of the model is a {type(head).__name__}, of which TRL reads the weight alone, so that adapters "
             "on it would be neither used nor trained; leave the head out of target_modules and modules_to_save"
         )
+    names = {id(module): name for name, module in model.causal_lm.named_modules()}
+    place = names.get(id(head), "")
+    around: Any = model.causal_lm.get_submodule(place.rpartition(".")[0])
+    if not hasattr(around, "config"):  # a part of a model and no model of its own
+        raise ValueError(
+            f"the head of the model is {place}, inside of a {type(around).__name__}, of which TRL reads the weight "
+            "alone and leaves out what comes before it; train it with mopl clp"
+        )
     if isinstance(model, ParameterMixture):
         if settings.weights_per != "step" and settings.objective_weights is None:
             raise ValueError(

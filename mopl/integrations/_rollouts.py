@@ -14,10 +14,13 @@ from torch import Tensor
 from mopl._arguments import check_choice
 from mopl._counted import counted, there_are
 from mopl._files import write_file
+from mopl._rows import UnsupportedModelError, arranged, generation_keywords
 from mopl._tensor_files import load_pickled
 from mopl.conditioning.samplers import Sampler, dirichlet_weights, fixed
 from mopl.conditioning.sampling import check_weights
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._settings import with_help
+from mopl.integrations._sharding import cuts_parameters
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.training.zero_settings import check_config
 
@@ -135,15 +138,50 @@ class RowWeights:
 
 
 class OfRows:
-    """A model that is called with parts of a batch, one after the other, each at the weights of its rows."""
+    """A model that is called with parts of a batch, one after the other, each at the weights of its rows.
 
-    def __init__(self, model: Any, weights: Tensor) -> None:
-        self._model, self._weights, self._next = model, weights, 0
+    Each row scores as it does alone, or `UnsupportedModelError` is raised: TRL pads prompts on the left and passes no
+    positions, which some families then count from the padding.
+
+    Args:
+        model: What is called.
+        weights: (B, m) of the whole batch, or None for a model that takes none.
+        inner: The causal language model whose rows are arranged; None where that is done elsewhere.
+    """
+
+    def __init__(self, model: Any, weights: Tensor | None, inner: Any) -> None:
+        self._model, self._weights, self._inner, self._next = model, weights, inner, 0
 
     def __call__(self, *, input_ids: Tensor, **inputs: Any) -> Any:
         """Run the model on the next rows."""
         begin, self._next = self._next, self._next + len(input_ids)
-        return self._model(input_ids=input_ids, weights=self._weights[begin : self._next], **inputs)
+        if self._inner is not None and set(inputs).isdisjoint(_OF_IMAGES):
+            inputs = arranged(self._inner, {"input_ids": input_ids, **inputs})
+            del inputs["input_ids"]
+        if self._weights is not None:
+            inputs["weights"] = self._weights[begin : self._next]
+        return self._model(input_ids=input_ids, **inputs)
+
+
+_OF_IMAGES = ("pixel_values", "token_type_ids", "mm_token_type_ids")
+
+
+def rows_model(accelerator: Any, policy: Any, *, generates: bool) -> Any:
+    """Return the causal language model whose rows `OfRows` arranges, if that is needed and can be measured.
+
+    Raises:
+        UnsupportedModelError: If `generate`, as TRL calls it, would not continue rows as they are continued alone.
+    """
+    if cuts_parameters(accelerator):
+        return None
+    inner = causal_lm_of(accelerator.unwrap_model(policy))
+    own = isinstance(policy, WeightedModel) and policy.arranges_rows
+    if generates and not own and generation_keywords(inner, torch.ones(1, 1, dtype=torch.long)):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} counts positions from another number than 0, which TRL does not tell generate, so "
+            "that completions would be sampled at wrong positions; train it with mopl clp"
+        )
+    return None if own else inner
 
 
 class InnerReference:

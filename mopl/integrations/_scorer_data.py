@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mopl.integrations._data import BETA, REFERENCE_COLUMNS, WEIGHTS, is_pair, lists_of, places_of, without_format
 from mopl.integrations._streams import is_stream
-from mopl.language_models.data import OnError, PreferenceData
+from mopl.language_models.data import OnError, PreferenceData, PreferenceList, ReadReport, RowError, template_refusals
 from mopl.language_models.tokenization import TokenizedData
 from mopl.rewards.writing import SequenceWriter
 
@@ -53,17 +53,34 @@ class Texts:
     lists: PreferenceData
     beside: list[dict[str, Any]]
 
-    def write(self, writer: SequenceWriter) -> ScoredLists:
-        """Return the tokens that a classifier sees."""
-        found = []
+    def write(self, writer: SequenceWriter, on_error: OnError = "raise") -> ScoredLists:
+        """Return the tokens that a classifier sees; lists that cannot be written are named, and left out if asked."""
+        report, found = ReadReport(f"{self.lists.name} (tokens)", rows=len(self.lists)), []
         for number, item in enumerate(self.lists):
-            tokens = writer.tokens([writer.text(response, item.prompt) for response in item.responses])
-            rows = [{key: tokens[key][place] for key in tokens} for place in range(len(item))]
-            empty = next((place for place, row in enumerate(rows) if not row["input_ids"]), None)
-            if empty is not None:
-                raise ValueError(f"list {number + 1}: response {empty + 1} has no token; leave the list out")
+            try:
+                rows = _sequences(item, writer)
+            except RowError as error:
+                report.add(item.place or f"list {number + 1}", error)
+                continue
             found.append(ScoredList(rows, self.lists.label_array(number), number, **self.beside[number]))
+        report.lists = len(found)
+        if report.errors:
+            report.settle(on_error)
         return ScoredLists(found, self.lists.objectives)
+
+
+def _sequences(item: PreferenceList, writer: SequenceWriter) -> list[dict[str, list[int]]]:
+    """Return the tokens of each response of a list; a `RowError` if there are none, or a template refuses it."""
+    texts = []
+    for response in item.responses:
+        with template_refusals(item.prompt, response):
+            texts.append(writer.text(response, item.prompt))
+    tokens = writer.tokens(texts)
+    rows = [{key: tokens[key][place] for key in tokens} for place in range(len(item))]
+    empty = next((place for place, row in enumerate(rows) if not row["input_ids"]), None)
+    if empty is not None:
+        raise RowError("empty response", f"response {empty} has no tokens")
+    return rows
 
 
 def read_texts(data: Any, *, objectives: Sequence[str] | None, on_error: OnError) -> Texts:

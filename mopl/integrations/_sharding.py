@@ -120,7 +120,12 @@ def prepare_reference(accelerator: Any, model: Any) -> Any:
     if distribution_of(accelerator) == "DEEPSPEED":
         return _zero_reference(accelerator, model)
     if distribution_of(accelerator) != "FSDP" or accelerator.state.fsdp_plugin.fsdp_version != 2:
-        return accelerator.prepare_model(model, evaluation_mode=True)
+        before = len(accelerator._models)
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        # Before training, an evaluation prepares the policy only where no model is prepared yet: the reference would
+        # run under autocast and the policy not.
+        del accelerator._models[before:]
+        return prepared
     from accelerate.utils import fsdp2_prepare_model
 
     broadcast_parameters(model, accelerator.device)

@@ -10,6 +10,7 @@ releases from 1.10 to 1.16; where a release lacks it, or gives something else, a
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,16 @@ from mopl.integrations._data import (
     without_format,
 )
 from mopl.language_models import formats
-from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
+from mopl.language_models.data import (
+    DataError,
+    OnError,
+    PreferenceData,
+    PreferenceList,
+    ReadReport,
+    RowError,
+    collect,
+    template_refusals,
+)
 from mopl.language_models.tokenization import TokenizedList
 
 TOKENIZATIONS = ("trl", "mopl")
@@ -81,17 +91,29 @@ def examples_of_pairs(
     beside = beside_of(rows, lists)
     if len(usable) < count:
         rows = rows.select(usable) if hasattr(rows, "select") else [rows[number] for number in usable]
-    prepared = _prepare(rows, args, processing_class)
+    kept = range(len(rows))
+    try:
+        prepared = _prepare(rows, args, processing_class)
+    except Exception:
+        refused = _refused_rows(rows, args, processing_class)
+        if not refused:
+            raise
+        report = ReadReport("rows", rows=count, lists=len(rows) - len(refused))
+        for number, error in refused.items():
+            report.add(f"row {usable[number] + 1}", error)
+        report.settle(on_error)
+        kept = [number for number in kept if number not in refused]
+        prepared = _prepare([rows[number] for number in kept], _in_one_process(args), processing_class)
     examples = []
     for row in prepared:
-        number = int(row[_ROW])
+        number = kept[int(row[_ROW])]
         tokens = [np.asarray(row[name], dtype=np.int64) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
         cut = _cut(tokens[0], tokens[1:], args.max_length, args.truncation_mode)
         item = TokenizedList(tokens[0], cut[0], lists.label_array(number), usable[number], prompt_starts=cut[1])
         examples.append(Example(item, **beside[number]))
-    if len(examples) < len(lists):
+    if len(examples) < len(kept):
         message = (
-            f"{len(lists) - len(examples)} of {len(lists)} rows are left out as in TRL: their prompt alone fills "
+            f"{len(kept) - len(examples)} of {len(kept)} rows are left out as in TRL: their prompt alone fills "
             f"max_length = {args.max_length}"
         )
         if not examples:
@@ -179,6 +201,25 @@ def _check(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     if "prompt" in _texts(first) and other is str and row["prompt"]:
         if all(row[side][: len(row["prompt"])] == row["prompt"] for side in SIDES):
             raise RowError("prompt twice", "chosen and rejected begin with the prompt; leave the column prompt out")
+
+
+def _refused_rows(rows: Any, args: Any, processing_class: Any) -> dict[int, RowError]:
+    """Return which rows the chat template refuses, and why: TRL does not say, so each is prepared by itself."""
+    found = {}
+    for number in range(len(rows)):
+        row = rows[number]
+        try:
+            with template_refusals(*(row[name] for name in _texts(row) if isinstance(row[name], list))):
+                _prepare([row], _in_one_process(args), processing_class)
+        except RowError as error:
+            found[number] = error
+    return found
+
+
+def _in_one_process(args: Any) -> Any:
+    args = copy.copy(args)
+    args.dataset_num_proc = None
+    return args
 
 
 class _Rows:

@@ -55,11 +55,12 @@ from mopl.integrations._rollouts import (
     RowWeights,
     load_rollouts,
     objectives_of,
+    rows_model,
     save_rollouts,
     unrewarded,
 )
 from mopl.integrations._settings import with_help
-from mopl.integrations._setup import reference_name
+from mopl.integrations._setup import reference_name, warn_of_rounding
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.pareto.front import Front
 from mopl.pareto.grid import weight_grid
@@ -141,8 +142,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
             )  # fmt: skip
         names = None if weighted is None else weighted.record.objectives
         self.objectives = objectives_of(settings.objectives, names, self.reward_func_names)
-        self.reward_func_names = list(self.objectives)
-        m = len(self.objectives)
+        self.reward_func_names, m = list(self.objectives), len(self.objectives)
         self._factors = self.reward_weights.float()  # (m,), TRL's
         self._scale = RunningScale(RewardScale(torch.zeros(m), torch.ones(m), torch.zeros(m)))
         prompts = args.generation_batch_size // args.num_generations
@@ -154,6 +154,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
                 raise ValueError(f"reference_point is {settings.reference_point}; pass one number an objective, {m}")
         if weighted is not None:
             self._stand_around(weighted)
+        warn_of_rounding(self.model, self.accelerator)
 
     def _stand_around(self, model: WeightedModel) -> None:
         """Put the model that takes weights into the place of the one inside, which TRL has prepared."""
@@ -259,9 +260,8 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
     # ---------------------------------------------------------------- forward passes
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.model, WeightedModel):
-            assert self._rows is not None
-            model = OfRows(model, self._rows)
+        inner = rows_model(self.accelerator, self.model, generates=not self.args.use_vllm)
+        model = OfRows(model, self._rows if isinstance(self.model, WeightedModel) else None, inner)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -202,7 +202,7 @@ class RewardListTrainer(StepTrainer):
 
     def _written(self, texts: Texts, model: Any = None) -> ScoredLists:
         """Return lists as tokens, checked against the loss and the model."""
-        data = texts.write(self.writer)
+        data = texts.write(self.writer, self._on_error)
         if data.objectives != self.objectives:
             raise ValueError(
                 f"the data has the objectives {', '.join(data.objectives)} but the model is for "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mopl._arguments import check_choice
 from mopl._counted import counted
@@ -33,6 +34,29 @@ class RowError(ValueError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+
+
+@contextlib.contextmanager
+def template_refusals(*texts: str | Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Turn what a chat template raises inside a `with` block for these texts or messages into a `RowError`.
+
+    Templates refuse conversations that their model was not trained on, and stumble over fields that a message lacks. A
+    template that is wrong by itself is no fault of a row.
+    """
+    try:
+        yield
+    except (ImportError, RowError):
+        raise
+    except Exception as error:
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        if isinstance(error, TemplateSyntaxError) or not isinstance(error, (TemplateError, TypeError, LookupError)):
+            raise
+        roles = [str(message.get("role")) for text in texts if not isinstance(text, str) for message in text]
+        raise RowError(
+            "refused by the chat template",
+            (str(error) or type(error).__name__) + (f" (roles: {', '.join(roles)})" if roles else ""),
+        ) from error
 
 
 @dataclass

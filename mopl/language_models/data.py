@@ -33,6 +33,7 @@ from mopl.language_models._bad_rows import (
     RowError,
     no_labels_for,
     refuse_text,
+    template_refusals,
 )
 from mopl.language_models._list_fields import Message, Text, check_equal, read_labels, read_text
 
@@ -49,6 +50,7 @@ __all__ = [
     "Text",
     "collect",
     "concatenate",
+    "template_refusals",
 ]
 
 SPLIT_STREAM = 1_000_000_011  # a stream of random numbers of its own; the epochs of a run take small integers

@@ -33,7 +33,16 @@ import numpy as np
 
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
-from mopl.language_models.data import Message, OnError, PreferenceData, PreferenceList, ReadReport, RowError, Text
+from mopl.language_models.data import (
+    Message,
+    OnError,
+    PreferenceData,
+    PreferenceList,
+    ReadReport,
+    RowError,
+    Text,
+    template_refusals,
+)
 from mopl.language_models.tokenized import TokenizedData, TokenizedList, truncate
 
 __all__ = ["TEMPLATES", "ListTokenizer", "ReadReport", "TokenizedData", "TokenizedList", "tokenize", "truncate"]
@@ -206,7 +215,7 @@ class ListTokenizer:
         return prompt + self.separator if isinstance(prompt, str) else _transcript(prompt, True)
 
     def _write(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
-        try:
+        with template_refusals(messages):
             return self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.chat_template,
@@ -214,19 +223,6 @@ class ListTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self.template_options,
             )
-        except ImportError:
-            raise
-        except Exception as error:
-            from jinja2 import TemplateError, TemplateSyntaxError
-
-            # Templates refuse conversations that their model was not trained on, and stumble over fields that a
-            # message lacks. A template that is wrong by itself is no fault of a row.
-            if isinstance(error, TemplateSyntaxError) or not isinstance(error, (TemplateError, TypeError, LookupError)):
-                raise
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            raise RowError(
-                "refused by the chat template", f"{str(error) or type(error).__name__} (roles: {roles})"
-            ) from error
 
     def _without_tail(self, text: str) -> np.ndarray:
         """Return the tokens of a response without what follows the end of its last turn and is never generated.

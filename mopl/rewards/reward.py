@@ -12,8 +12,10 @@ instead of ending a run.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -97,10 +99,15 @@ class FunctionReward:
     """A function as a reward.
 
     Args:
-        function: `(texts, prompts) -> B numbers`, a tensor or a sequence.
+        function: `(texts, prompts) -> B numbers`, a tensor or a sequence; or in TRL's form, known by its argument
+            `completions`: `(prompts, completions, **kwargs)`, called by these two names, where None is a missing value
+            and completions are messages where the prompt is.
         name: of the reward.
         maximise: whether higher values are better.
         cacheable: whether the function gives the same text the same value every time.
+
+    Raises:
+        ValueError: If it is no function, or one that can be called in neither form.
     """
 
     def __init__(
@@ -116,10 +123,49 @@ class FunctionReward:
                 f"the reward {name} is a {type(function).__name__} but must be a function of (texts, prompts)"
             )
         self.function, self.name, self.maximise, self.cacheable = function, name, maximise, cacheable
+        self._keywords = _keywords_of(function, name)
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
         """Return what the function returns, as a float32 tensor."""
-        return torch.as_tensor(self.function(texts, prompts), dtype=torch.float32)
+        function: Any = self.function
+        if not self._keywords:
+            return torch.as_tensor(function(texts, prompts), dtype=torch.float32)
+        said = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        given = {"prompts": list(prompts), "completions": said}
+        values = function(**{name: given[name] for name in self._keywords})
+        missing = math.nan
+        return torch.as_tensor([missing if value is None else value for value in values], dtype=torch.float32)
+
+
+def _keywords_of(function: Callable[..., Any], name: str) -> tuple[str, ...]:
+    """Return by which names a function in TRL's form is called, none for `(texts, prompts)`; raise for other forms."""
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        raise ValueError(f"the reward {name} is an async function, which is not awaited here; pass a plain one")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # nothing is known of some functions in C
+        return ()
+    kinds, both = signature.parameters, ("prompts", "completions")
+    named = "completions" in kinds or not _binds(signature, 2)
+    keywords = next((names for names in (both, both[1:]) if named and _binds(signature, 0, names)), ())
+    first = next(iter(kinds), "")
+    if not keywords and (not _binds(signature, 2) or named or first in ("prompt", "prompts")):
+        raise ValueError(
+            f"the reward {name} takes ({', '.join(map(str, kinds.values()))}) but must be a function of (texts, "
+            "prompts), in this order, or in TRL's form of (prompts, completions, **kwargs), without other columns"
+        )
+    return keywords
+
+
+def _binds(signature: inspect.Signature, places: int, names: Sequence[str] = ()) -> bool:
+    try:
+        signature.bind(*[None] * places, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
 
 
 def prompt_key(prompt: Prompt) -> str:

@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 from tiny_language_models import VOCABULARY, build, lora, prompt, tokenizer
 
 from mopl.cli import build_parser, main
+from mopl.commands.tuned_model import load_reference, load_tuned_model
 from mopl.conditioning import HyperPromptModel, ParameterMixture, TuningRecord
 from mopl.language_models.generate import generate
 
@@ -187,6 +188,27 @@ def test_a_mixture_of_parameters_answers_and_is_exported_as_the_model_of_one_tra
         given = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
         torch.testing.assert_close(given, one(ids).logits)
     assert "--weights has 3 numbers" in refused(capsys, "generate", str(folder), "w1", "--weights", "0", "0", "1")
+
+
+def test_what_was_trained_in_float32_from_a_16_bit_model_stays_float32_as_does_its_reference(capsys, tmp_path: Path):
+    build(num_hidden_layers=1).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    mixture = ParameterMixture(plain, 2, scope="full", record=TuningRecord(("helpful", "harmless")))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for values in mixture.parameters():
+            values += 0.01 * torch.randn_like(values)
+    mixture.save_pretrained(tmp_path / "tuned")
+    tokenizer().save_pretrained(tmp_path / "tuned")
+    weights = ["--weights", "0.7", "0.3"]
+    printed(capsys, "export", str(tmp_path / "tuned"), *weights, str(tmp_path / "plain"))
+    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    for name, value in mixture.merge([0.7, 0.3]).named_parameters():
+        torch.testing.assert_close(written.get_parameter(name), value, atol=1e-6, rtol=1e-6)
+    arguments = build_parser().parse_args(["generate", str(tmp_path / "tuned"), "w1", *weights, "--scale", "2"])
+    one = load_tuned_model(arguments)
+    assert one.model.dtype == load_reference(one).dtype == torch.float32
 
 
 def test_a_kind_that_no_module_defines_is_refused_by_name(tuned: Path, capsys, tmp_path: Path) -> None:

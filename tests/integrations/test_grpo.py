@@ -5,14 +5,15 @@ import itertools
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl", minversion="1.15", reason="MultiObjectiveGRPOTrainer needs trl >= 1.15")
 peft = pytest.importorskip("peft")
 
 from grpo_cases import CONFIG, DATA, arguments, high, low, mixture, prompted, trained, trainer
-from tiny_language_models import build, tokenizer
+from tiny_language_models import VOCABULARY, build, tokenizer
 
-from mopl.conditioning import ParameterMixture
+from mopl._rows import UnsupportedModelError
+from mopl.conditioning import LoraMixture, ParameterMixture
 
 STEPS = dict(
     max_steps=5, num_iterations=2, steps_per_generation=2, gradient_accumulation_steps=2, gradient_checkpointing=True,
@@ -107,6 +108,58 @@ def test_rows_of_different_weights_score_as_each_alone(tmp_path, make):
                 found[row, :length].double(), at.gather(1, real[0, -length:, None])[:, 0], rtol=1e-4, atol=1e-5
             )
             torch.testing.assert_close(entropy[row, :length].double(), -(at.exp() * at).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_prompts_padded_on_the_left_score_as_alone_where_a_model_counts_positions_from_the_edge(tmp_path, adapters):
+    model, options = build("gpt2"), {}
+    if adapters:
+        config = peft.LoraConfig(
+            **{**CONFIG, "target_modules": ["c_attn"]}, fan_in_fan_out=True, init_lora_weights=False
+        )
+        model = LoraMixture(model, 2, config=config)
+    else:
+        options["objective_weights"] = [0.5, 0.5]
+    one = trainer(tmp_path, model, **options)
+    batch = rows_of(one)
+    one.model.eval()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    assert bool((batch["prompt_mask"] == 0).any())
+    one._rows = batch["objective_weights"]
+    with torch.no_grad():
+        found, _, _ = one._get_per_token_logps_and_entropies(one.model, ids, mask, batch["completion_ids"].shape[1])
+        for row in range(8):
+            real = ids[row][mask[row].bool()][None]
+            weights = {"weights": batch["objective_weights"][row]} if adapters else {}
+            logp, length = (
+                one.model(real, **weights).logits[0].log_softmax(-1),
+                int(batch["completion_mask"][row].sum()),
+            )
+            wanted = logp[-length - 1 : -1].gather(1, real[0, -length:, None])[:, 0]
+            torch.testing.assert_close(found[row, :length], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_take_prompts_padded_on_the_left_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        lru_width=32, attention_window_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.RecurrentGemmaForCausalLM(config)
+    one = trainer(tmp_path, model, objective_weights=[0.5, 0.5], max_steps=4)  # all prompts
+    with pytest.raises(UnsupportedModelError, match="cannot take rows padded on the left"):
+        one.train()
+
+
+def test_a_head_that_does_more_than_multiply_is_refused(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        is_decoder=True, pad_token_id=0,
+    )  # fmt: skip
+    model = LoraMixture(transformers.BertLMHeadModel(config), 2, config=peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"the head of the model is cls.predictions.decoder, inside of a BertLM"):
+        trainer(tmp_path, model)
 
 
 @pytest.mark.parametrize("kind", ["LoraMixture", "ParameterMixture"])

@@ -224,6 +224,16 @@ def test_options_of_trl_that_go_round_the_rows_are_refused(tmp_path):
             MultiObjectiveGRPOTrainer(mixture(), [low, high], **common, **{name: value})
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_parameters_that_train_in_16_bit_are_warned_of(tmp_path, whole):
+    model = build().to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="bfloat16, which rounds away updates"):
+        if whole:
+            trainer(tmp_path, ParameterMixture(model, 2), weights_per="step")
+        else:
+            trainer(tmp_path, model, objective_weights=[0.5, 0.5])
+
+
 def test_an_older_trl_is_refused_by_its_number():
     with pytest.raises(ImportError, match=r"needs trl >= 1.15.*but trl is 1.14.2"):
         check_release("1.14.2")

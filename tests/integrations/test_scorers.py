@@ -10,11 +10,12 @@ from launching import DISTRIBUTED, launch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 import transformers
-from tiny_language_models import VOCABULARY, tokenizer
+from tiny_language_models import TEMPLATE, VOCABULARY, tokenizer
 
 from mopl import losses
 from mopl.integrations._head_losses import HeadLoss, gains_of, order_of
 from mopl.integrations.scorers import RewardListConfig, RewardListTrainer
+from mopl.language_models.data import DataError
 from mopl.rewards import classifier_rewards
 
 OBJECTIVES = ("even", "high")
@@ -342,3 +343,21 @@ def test_what_does_not_fit_is_refused(tmp_path):
     fails("but the model has embeddings of 10 tokens", model=small)
     softmax = functools.partial(losses.listwise_dpo, normalize="softmax")
     RewardListTrainer(encoder(), arguments(tmp_path), negative, None, tokenizer(), loss=softmax)
+
+
+def test_a_list_that_the_chat_template_refuses_is_named_or_left_out(tmp_path):
+    encoder = tokenizer(chat=True)
+    encoder.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
+    )
+    bad = {**rows()[0], "prompt": [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]}
+    given = [*rows()[:3], bad, rows()[3]]
+
+    def made(data, **options):
+        return RewardListTrainer(model, arguments(tmp_path), data, None, encoder, **options).train_dataset
+
+    model = decoder()
+    with pytest.raises(DataError, match=r"4 lists from 5 rows(.|\n)*refused by the chat template \(row 4: no system"):
+        made(given)
+    kept = made(given, on_error="skip")
+    assert [one.sequences for one in kept] == [one.sequences for one in made(rows()[:4])]

@@ -311,6 +311,17 @@ def test_autocast_is_off_after_a_training_in_bf16_whose_reference_is_a_copy(tmp_
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_policy_and_reference_round_alike_in_an_evaluation_before_training(tmp_path):
+    trainer = make(tmp_path, tiny_llama(), bf16=True, eval_dataset=token_lists())
+    for step in range(2):
+        inputs = inputs_of(trainer, range(5))
+        found = trainer.evaluate()
+        trainer.model.eval()
+        with torch.no_grad():
+            _, outputs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs), return_outputs=True)
+        assert torch.equal(outputs["scores"], outputs["reference"]) and found["eval_loss"] > 0, step
+
+
 @pytest.mark.parametrize("name", ["linear", "chebyshev", "smooth_chebyshev"])
 def test_scalarizers_turn_the_loss_vector_and_w_into_one_number(tmp_path, name):
     trainer = make(tmp_path, scalarization=name, cosine_penalty=0.3, cosine_sign="cosmos")

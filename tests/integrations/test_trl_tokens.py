@@ -507,3 +507,28 @@ def test_data_sets_of_one_trainer_that_are_written_in_two_forms_are_named(
         any("holds texts as they are, and another one texts written by the chat template" in m for m in messages)
         == warned
     )
+
+
+@pytest.mark.parametrize("kind", ["rows", "dataset"])
+def test_a_row_that_the_chat_template_refuses_is_named_or_left_out_and_the_others_stay_as_they_are(tmp_path, kind):
+    def row(text, *before):
+        said = {side: [{"role": "assistant", "content": f"w{n}"}] for n, side in enumerate(("chosen", "rejected"))}
+        return {"prompt": [*before, {"role": "user", "content": text}], **said}
+
+    def examples(rows, on_error="raise"):
+        given = rows if kind == "rows" else datasets.Dataset.from_list(rows)
+        encoder = tiny.tokenizer(chat=True)
+        encoder.chat_template = (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + tiny.TEMPLATE
+        )
+        args = MultiObjectiveDPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+        trainer = MultiObjectiveDPOTrainer(
+            tiny.build(), args=args, train_dataset=given, processing_class=encoder, on_error=on_error
+        )
+        return [(e.tokens.prompt.tolist(), [r.tolist() for r in e.tokens.responses]) for e in trainer.train_dataset]
+
+    fine = [row("w5"), row("w6 w7")]
+    rows = [fine[0], row("w1", {"role": "system", "content": "w2"}), fine[1]]
+    with pytest.raises(DataError, match=r"2 lists from 3 rows(.|\n)*refused by the chat template \(row 2: no system"):
+        examples(rows)
+    assert examples(rows, "skip") == examples(fine)

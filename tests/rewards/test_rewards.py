@@ -499,3 +499,40 @@ def test_classifier_asks_which_output(classifier):
         ClassifierReward(classifier, label=3)
     made = make(f"classifier:directory={classifier},label=good,name=goodness")
     assert made.name == "goodness"
+
+
+def test_functions_in_the_form_of_trl_get_prompts_and_completions_by_name():
+    def long(prompts, completions, **_):
+        if "bad" in completions:
+            raise ValueError("no")
+        return [10.0 * len(p) + len(c) if c != "none" else None for p, c in zip(prompts, completions, strict=True)]
+
+    def of_texts(texts, prompts):
+        return [10.0 * len(p) + len(t) for t, p in zip(texts, prompts, strict=True)]
+
+    def of_messages(completions, **_):
+        return [float(len(c[0]["content"])) if isinstance(c, list) else -1.0 for c in completions]
+
+    given = (["a", "bbb", "bad", "none"], ["p", "qq", "r", "s"])
+    rewards = Rewards([FunctionReward(long, "long"), FunctionReward(of_texts, "texts")])
+    assert torch.equal(
+        rewards(*given).T.nan_to_num(-9), torch.tensor([[11.0, 23.0, -9.0, -9.0], [11.0, 23.0, 13.0, 14.0]])
+    )
+    chats = [[{"role": "user", "content": "x"}], "x"]
+    assert Rewards([FunctionReward(of_messages, "said")])(["four", "text"], chats)[:, 0].tolist() == [4.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "function", [lambda texts: [1.0], lambda prompts, texts: [1.0], lambda completions, answer, **_: [1.0]]
+)
+def test_functions_of_other_forms_are_refused_and_never_given_one_for_the_other(function):
+    with pytest.raises(ValueError, match=r"the reward own takes \(.*must be a function of \(texts, prompts\), in this"):
+        FunctionReward(function, "own")
+
+
+def test_an_async_function_is_refused():
+    async def own(texts, prompts):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="the reward own is an async function"):
+        FunctionReward(own, "own")
