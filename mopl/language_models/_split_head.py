@@ -21,6 +21,7 @@ from torch import Tensor
 from mopl._rows import UnsupportedModelError
 from mopl._sharded import is_dtensor
 from mopl.conditioning.adapted import mixed_copies
+from mopl.ops.linear_logprob.shard import rows_of_rank
 
 
 class SplitHead:
@@ -129,10 +130,7 @@ class SplitHead:
 
     def part(self, value: Tensor) -> Tensor:
         """Return this process's part of something with an entry for each token of the vocabulary, last."""
-        from torch.distributed.tensor import Shard
-
-        size, rank = self.mesh.size(), self.mesh.get_local_rank()
-        length, first = Shard.local_shard_size_and_offset(value.shape[-1], size, rank)
+        length, first = rows_of_rank(value.shape[-1], self.mesh.size(), self.mesh.get_local_rank())
         return value[..., first : first + length]
 
     def check_targets(self, targets: Tensor) -> None:

@@ -59,9 +59,10 @@ def divergence(
         raise ValueError(f"{called}_hidden is on {other.hidden.device} but hidden is on {hidden.device}")
     check_rows_mask(mask, lead)
     shard, weight, bias = shard_or_whole(hidden, policy.weight, policy.bias, group)
-    policy = policy._replace(weight=weight, bias=bias)
+    # By name: torch.compile of 2.8 follows neither `_replace` nor slices of such a record.
+    policy = Model(hidden, weight, bias, policy.temperature, policy.softcap, policy.logit_scale)
     rows, shift = head_parts(other.weight, other.bias, group, f"{called}_")
-    other = other._replace(weight=rows, bias=shift)
+    other = Model(other.hidden, rows, shift, other.temperature, other.softcap, other.logit_scale)
     if len(rows) != len(weight):
         raise ValueError(f"here are {len(weight)} rows of weight and {len(rows)} of the {called}'s; shard both alike")
     dtype = compute_dtype(hidden, policy.weight, other.hidden, other.weight)

@@ -100,6 +100,13 @@ def refuse_split(value: Tensor | None, name: str) -> None:
     )
 
 
+def rows_of_rank(length: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Return how many of `length` rows a DTensor of `Shard(0)` leaves a rank, and the first; torch 2.8 does not say."""
+    size = -(-length // ranks)
+    first = min(rank * size, length)
+    return min(size, length - first), first
+
+
 def local_part(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Tensor | None:
     """Return this rank's plain tensor of a weight or bias; raise if it is a DTensor that `group` does not shard."""
     if value is None or not is_dtensor(value):
@@ -115,7 +122,7 @@ def local_part(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Ten
     if dist.get_process_group_ranks(value.device_mesh.get_group()) != dist.get_process_group_ranks(group):
         raise ValueError(f"group is not the group over which {name} is sharded; pass {name}.device_mesh.get_group()")
     ranks = value.device_mesh.size()
-    if Shard.local_shard_size_and_offset(len(value), ranks, ranks - 1)[0] == 0:  # on every rank alike: none must wait
+    if rows_of_rank(len(value), ranks, ranks - 1)[0] == 0:  # on every rank alike: none must wait
         raise ValueError(
             f"{name} has {counted(len(value), 'row')} over {ranks} ranks, of which the last has none; take fewer ranks"
         )
