@@ -25,7 +25,7 @@ from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare
 from mopl.losses.labels import presort, to_distributions
 from mopl.ops.listnet import cross_entropy
-from mopl.ops.plackett_luce import Lists, Rule, check_positions, nll
+from mopl.ops.plackett_luce import Lists, Rule, check_ends, check_positions, nll
 
 Ties = Literal["breslow", "efron", "exact", "random"]
 
@@ -178,6 +178,8 @@ def plackett_luce(
     if isinstance(order, Tensor) and order.ndim == 2 and labels.shape[1] == 1:
         order = order[:, None]
     check_positions(order, position_weights, labels, mask)
+    if order is not None:
+        check_ends(order, labels, mask)
     given, free = labels, last_group == "free"
     if ties == "random":
         if order is not None:

@@ -110,8 +110,6 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
                 "pass presort(labels, mask), one index an item and objective"
             )
         check_device(order, "order", labels, "labels")
-        if readable(order) and readable(labels) and (mask is None or readable(mask)):
-            _check_ends(order, labels, mask)
     if position_weights is not None:
         is_tensor = isinstance(position_weights, Tensor)
         if not is_tensor or position_weights.shape not in (labels.shape, labels.shape[-1:]):
@@ -130,13 +128,15 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
                 raise ValueError("position_weights hold nan but every entry must be a number; pass 0 for no weight")
 
 
-def _check_ends(order: Tensor, labels: Tensor, mask: Tensor | None) -> None:
+def check_ends(order: Tensor, labels: Tensor, mask: Tensor | None) -> None:
     """Raise if the first item of a list has a lower label than its last, or one of the two does not exist.
 
     That is cheap, where a look at all of an order would cost what it saves. It finds an order for another direction or
-    another mask, and in a batch ranks that were taken for an order.
+    another mask, and in a batch ranks that were taken for an order. The op takes any order.
     """
     if not order.numel() or (items := order.shape[-1]) < 2:
+        return
+    if not (readable(order) and readable(labels) and (mask is None or readable(mask))):
         return
     if mask is None:
         ends = order[..., :: items - 1]  # (B, m, 2)
