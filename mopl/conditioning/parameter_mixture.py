@@ -265,7 +265,8 @@ class ParameterMixture(Mixture):
                 parts.append(self.model.generate(**rows_of(index, rows, (), given)[1]))
         if len(groups) == 1:
             return parts[0]
-        return join_generated(parts, groups, generate_option("pad_token_id", kwargs, self.model.generation_config))
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return join_generated(parts, groups, generate_option("pad_token_id", given, self.model.generation_config))
 
     # ---------------------------------------------------------------- one mixture
 

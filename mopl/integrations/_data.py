@@ -271,7 +271,7 @@ def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None
         return first, second
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None, None
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
         raise RowError(
             "label is a truth value",
             f"{objective} is {value}; write 1 where chosen is better, -1 where rejected is, 0 for a tie",

@@ -723,11 +723,12 @@ def test_labels_of_a_pair_come_from_two_columns_from_two_numbers_or_from_a_signe
         arrays = {name: kind(value) for name, value in row.items() if name != "bad"}
         for name in ("score", "both", "signed", "gone"):
             assert labels_of_pair(arrays, name) == labels_of_pair(row, name)
-    row |= {"safer": False}  # as a number it would be a tie, though rejected is meant
+    row |= {"safer": False, "safest": np.False_}  # as a number it would be a tie, though rejected is meant
     refused = (
         ("bad", "bad is 'x'"),
         ("other", "needs a column other, or other_chosen"),
         ("safer", "-1 where rejected"),
+        ("safest", "-1 where rejected"),
     )
     for name, message in refused:
         with pytest.raises(ValueError, match=message):
