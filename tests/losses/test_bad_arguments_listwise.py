@@ -95,6 +95,14 @@ def test_an_order_that_forgets_the_mask_is_refused() -> None:
     torch.testing.assert_close(right, plackett_luce(SCORES, labels, mask=mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.uint32, torch.bfloat16])
+def test_a_right_order_goes_with_labels_of_any_dtype(dtype: torch.dtype) -> None:
+    labels = (LABELS > LABELS.mean()).to(dtype)
+    torch.testing.assert_close(
+        plackett_luce(SCORES, labels, order=presort(labels)), plackett_luce(SCORES, labels), rtol=1e-6, atol=1e-6
+    )
+
+
 def test_presort_says_what_labels_must_be() -> None:
     with pytest.raises(ValueError, match=r"labels has shape \(6,\) but must be .*pass labels\[None\]"):
         presort(LABELS[0, 0])

@@ -144,7 +144,8 @@ def check_ends(order: Tensor, labels: Tensor, mask: Tensor | None) -> None:
         last = (mask.sum(-1) - 1).clamp(min=0)
         place = torch.stack([torch.zeros_like(last), last], -1)[:, None, :]
         ends = order.gather(-1, place.expand(*labels.shape[:2], 2))
-    found = labels.detach().gather(-1, ends.long())
+    key = labels.detach() if labels.is_floating_point() else labels.long()  # torch does not gather all integers
+    found = key.gather(-1, ends.long())
     bad = found[..., 0] < found[..., 1]
     if mask is not None:
         there = mask[:, None, :].expand(labels.shape).gather(-1, ends.long()).all(-1)
