@@ -192,6 +192,22 @@ def test_a_label_without_a_free_place_is_left_out(tab, pages):
     assert all(len(set(each)) == len(each) >= 3 for each in words)
 
 
+@pytest.mark.parametrize("ends", [[0.794, 0.9252], [-1.2300001e-6, -1.2295e-6]])
+def test_numbers_at_the_ends_of_an_axis_are_whole(tab, pages, ends):
+    tab.resize(1280, 800)
+    tab.open(pages[2].as_uri())
+    found = tab.do(
+        f"""(() => {{
+          const svg = document.getElementById('chart'), whole = svg.getBoundingClientRect();
+          svg.replaceChildren();
+          paperOf(svg, [{ends}, [0, 9.2]], whole.width, whole.height);
+          const boxes = [...svg.querySelectorAll('.tick')].map((text) => text.getBoundingClientRect());
+          return [boxes.length, boxes.filter((b) => b.left < whole.left || b.right > whole.right || b.top < whole.top)];
+        }})()"""
+    )
+    assert found[0] > 8 and found[1] == []
+
+
 def test_long_names_in_one_word_do_not_scroll_the_page(tab, tmp_path):
     content = made(2, points=3).to_dict() | {"method": "m" * 80, "objectives": ["a" * 80, "b" * 80], "main": "c" * 80}
     tab.resize(320, 800)
