@@ -87,8 +87,9 @@ def as_flags(text: str, command: str) -> str:
         command: The command that a reader of the message has typed, such as `"align"`.
 
     Returns:
-        The message with `--max-length 56` in place of `max_length=56`. A bare name becomes an option only if it has an
-        underscore; what stands in quotes or in a path, and names that the command has no option for, stay as they are.
+        The message with `--max-length 56` in place of `max_length=56`. A bare name becomes an option if it has an
+        underscore, or where a message says what it is (`steps is 0 but ...`); what stands in quotes or in a path, and
+        names that the command has no option for, stay as they are.
     """
     known = _parser_of(command, build_parser())._option_string_actions
     flags = {  # by every name of an option, also by that of earlier versions
@@ -99,14 +100,17 @@ def as_flags(text: str, command: str) -> str:
 
     def flag_of(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
-        if name not in flags or (value is None and "_" not in name):
+        told = said.match(match.string, match.start())
+        if name not in flags or (value is None and "_" not in name and told is None):
             return match[0]
         if value == "False":
             no = flags[name].replace("--", "--no-", 1)
             return no if no in known else f"no {flags[name]}"
         return flags[name] + ("" if value is None or value == "True" else " " + value.strip("'"))
 
-    # A bare word is taken for an option only if it has an underscore, and never inside a path or quotes.
+    # A bare word is taken for an option only if it has an underscore or is what the message is about, and never inside
+    # a path or quotes.
+    said = re.compile(r"(?:(?<!.)|(?<= but ))[a-z]+ (?:is|are|has|needs) ")
     pattern = r"(?<![\w./'\"-])(?P<name>[a-z_]+)(?:=(?P<value>'[\w.-]+'|\d[\w.-]*\w|\d|True|False))?(?![\w/'\"=(-])"
     return re.sub(pattern, flag_of, text)
 

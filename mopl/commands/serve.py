@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name} is {getattr(arguments, name)} but must be at least 1")
     for name, least in (("timeout", 0.001), ("grace", 0.0)):
         if not least <= getattr(arguments, name) < 1e9:
-            raise ValueError(f"{name} is {getattr(arguments, name):g} but must be a positive number of seconds")
+            must = f"at least {least:g} and below 1e9, in seconds"
+            raise ValueError(f"{name} is {getattr(arguments, name):g} but must be {must}")
     if not 0 <= arguments.port < 65536:
         raise ValueError(f"port is {arguments.port} but must be from 0 to 65535")
     name = arguments.name or Path(arguments.run).resolve().name
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         local = is_local(at)
         if not local and key is None and not arguments.no_key:
             raise ValueError(
-                f"host {arguments.host} is reached from other machines, so requests need a key: put one into "
+                f"--host {arguments.host} is reached from other machines, so requests need a key: put one into "
                 f"{KEY_VARIABLE} or name a file by --api-key-file (--no-key lets everyone ask)"
             )
         if sys.stderr.isatty():

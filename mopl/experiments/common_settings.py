@@ -65,7 +65,7 @@ class RunSettings(Settings):
         metavar="PARTS",
     )
     learning_rate: float = in_training(1e-3, positive=True, metavar="RATE")
-    weight_decay: float = in_training(0.0, "decoupled weight decay")
+    weight_decay: float = in_training(0.0, "decoupled weight decay", at_least=0)
     warmup: int | None = in_training(0, "steps of linear warm-up", at_least=0, metavar="STEPS")
     schedule: Literal["constant", "linear", "cosine"] = in_training(
         "cosine", "schedule of the learning rate after the warm-up"

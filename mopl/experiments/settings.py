@@ -78,6 +78,7 @@ class Setting:
     unset: str = ""  # what None or an empty list means, for these
     choices: tuple[Any, ...] = ()  # what it may be, if its type is no `Literal`; of a list: its entries
     at_least: float | None = None  # smallest value
+    of_new: float | None = None  # smallest value of a new run, where a record may hold less; errors name it
     above: float | None = None  # largest value that is too small
     at_most: float | None = None  # largest value
     below: float | None = None  # smallest value that is too large
@@ -171,6 +172,7 @@ class Setting:
             raise ValueError(f"{self.name} is {shown} but must be positive and finite")
         limits = {rule: limit for rule in _LIMITS if (limit := getattr(self, rule)) is not None}
         if not all(_LIMITS[rule](x, limit) for rule, limit in limits.items() for x in entries):
+            limits |= {"at_least": self.of_new} if self.of_new is not None else {}
             must = " and ".join(f"{rule.replace('_', ' ')} {limit:g}" for rule, limit in limits.items())
             raise ValueError(f"{self.name} is {value if not self.many else shown} but must be {must}")
 
@@ -364,6 +366,6 @@ def given(arguments: argparse.Namespace | Mapping[str, Any], kind: type) -> dict
     return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean X?)" with the name that is most alike, or nothing."""
-    return "".join(f" (did you mean {near}?)" for near in get_close_matches(name, list(known), 1))
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return " (did you mean X?)" with the name that is most alike, at least by `cutoff` of 1, or nothing."""
+    return "".join(f" (did you mean {near}?)" for near in get_close_matches(name, list(known), 1, cutoff))

@@ -109,6 +109,7 @@ def check_options(args: Any, kind: type) -> None:
 
 def _check_values(args: Any) -> None:
     """Raise for a value of an obeyed option that is not obeyed."""
+    check_sizes(args)
     if getattr(args, "train_sampling_strategy", "random") == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy is 'batch_rebalance' but must be 'random', 'sequential' or 'group_by_length' "
@@ -128,6 +129,13 @@ def _check_values(args: Any) -> None:
             "liger_kernel_config asks for fused_linear_cross_entropy, which replaces the model's forward, and the head "
             "is fused here; leave it out: the kernels of layers remain"
         )
+
+
+def check_sizes(args: Any) -> None:
+    """Raise for a batch of nothing, at which transformers and TRL stop with an error that names no option."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (size := getattr(args, name, 1)) < 1:
+            raise ValueError(f"{name} is {size} but must be at least 1")
 
 
 def default_of(entry: Field[Any]) -> Any:

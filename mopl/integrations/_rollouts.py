@@ -19,6 +19,7 @@ from mopl._tensor_files import load_pickled
 from mopl.conditioning.samplers import Sampler, dirichlet_weights, fixed
 from mopl.conditioning.sampling import check_weights
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
+from mopl.integrations._options import check_sizes
 from mopl.integrations._settings import with_help
 from mopl.integrations._sharding import cuts_parameters
 from mopl.language_models.adapter_reference import OwnReference
@@ -77,6 +78,7 @@ class RolloutArguments:
                 "objective_weights"
             )
         check_config(getattr(self, "deepspeed", None))
+        check_sizes(self)
         other = getattr(super(), "__post_init__", None)  # of the arguments of TRL, which come after this class
         if other is not None:
             other()

@@ -104,11 +104,13 @@ class MultiObjectiveTrainer(ListTrainer):
         args: `MultiObjectiveConfig`, or any `TrainingArguments`, whose missing settings have their defaults.
         data_collator: A `ListCollator`; by default one that pads with the tokenizer's padding token.
         train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` or list of rows: `prompt`, `chosen`,
-            `rejected` and a label column for each objective that `objectives` names (see
-            `mopl.integrations._data.labels_of_pair`; by default chosen is preferred), or any format of
-            `mopl.language_models.readers`. Columns `objective_weights`, `objective_beta` (m numbers a row) and
-            `ref_chosen_logps`, `ref_rejected_logps` replace what would be drawn or computed. A stream, such as a
-            `datasets.IterableDataset`, is read as the training goes on, in its own order; see docs/trl.md.
+            `rejected` and the labels of each objective that `objectives` names (by default chosen is preferred), or any
+            format of `mopl.language_models.readers`. Labels are two numbers in columns `<objective>_chosen` and
+            `<objective>_rejected`, or in one column `<objective>` two numbers, or one whose sign says which response is
+            better (positive: chosen) and whose size by how much; None and NaN are missing. Columns `objective_weights`,
+            `objective_beta` (m numbers a row) and `ref_chosen_logps`, `ref_rejected_logps` replace what would be drawn
+            or computed. A stream, such as a `datasets.IterableDataset`, is read as the training goes on, in its own
+            order; see docs/trl.md.
         eval_dataset: The same, or a dictionary of them; a stream is read to its end.
         processing_class: The tokenizer.
         compute_metrics: Called with the losses (L, n, m) and accuracies (L, n, m) of L lists at n points of the grid as

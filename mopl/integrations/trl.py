@@ -20,11 +20,10 @@ option is either obeyed or refused with an error that says what to do; none is d
 prefers `chosen`, and the default settings, tokens, loss and gradients are those of the installed `DPOTrainer`.
 
 Tokens are TRL's to the id where rows have its preference format (`chosen`, `rejected`, mostly `prompt`; texts or
-messages; `tools` and `chat_template_kwargs`): see `mopl.integrations._trl_tokens`. `tokenization="mopl"` reads the same
-rows as `mopl.language_models.tokenization` does all others, above all lists of more than two responses: texts go
-through the chat template, a response ends at its end token, and all responses of a list keep the same prompt, cut at
-its left. A model that was trained on texts as they are is asked with `template="plain"`
-(`mopl.language_models.generate`).
+messages; `tools` and `chat_template_kwargs`). `tokenization="mopl"` reads the same rows as
+`mopl.language_models.tokenization` does all others, above all lists of more than two responses: texts go through the
+chat template, a response ends at its end token, and all responses of a list keep the same prompt, cut at its left. A
+model that was trained on texts as they are is asked with `template="plain"` (`mopl.language_models.generate`).
 """
 
 from __future__ import annotations

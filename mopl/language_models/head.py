@@ -13,7 +13,7 @@ come back as
 
 for one constant `logit_scale` and at most one `softcap`, for every vocabulary entry. A model that does anything else
 raises `UnsupportedModelError`; it is never scored wrongly. So does one that gives a row other outputs padded or packed
-than alone, where no way of telling it is known (`mopl._rows`).
+than alone, where no way of telling it is known.
 
 The op runs inside the head's own forward, inside the wrapped model's forward. That is what makes DDP arm its reducer,
 FSDP gather and reduce the head in whichever group it lies, DeepSpeed gather it, and PEFT's `modules_to_save` copy be

@@ -142,18 +142,28 @@ def presort(
         labels: (B, K) or (B, m, K), higher is better.
         mask: (B, K), true where an item exists; other items come last.
         ties: keep the order of tied items as it is, or draw it at random.
-        generator: source of the random order; None: the default one of the labels' device.
+        generator: source of the random order, with `ties="random"` only; None: the default one of the labels' device.
 
     Returns:
         int32 indices of shape (B, m, K).
 
     Raises:
-        ValueError: If a shape does not fit, or, on a CPU, a label is NaN.
+        TypeError: If `generator` is none.
+        ValueError: If a shape does not fit, `ties` is unknown, there is a generator for nothing, or, on a CPU, a label
+            is NaN.
     """
     if isinstance(labels, Tensor) and labels.ndim not in (2, 3):
         raise ValueError(
             f"labels has shape {shape_of(labels)} but must be (B, K) or (B, m, K); for a single list pass labels[None]"
         )
+    check_choice(ties, ("stable", "random"), "ties")
+    if generator is not None:
+        if ties != "random":
+            raise ValueError(f'generator is given but ties={ties!r} draws nothing; pass ties="random", or no generator')
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator is {generator!r} but must be a torch.Generator; pass torch.Generator().manual_seed(0)"
+            )
     labels = as_labels(labels, labels[:, 0] if isinstance(labels, Tensor) and labels.ndim == 3 else labels)
     key = labels if labels.is_floating_point() else labels.long()
     if mask is not None:

@@ -41,8 +41,8 @@ def sequence_logprob(
         Scores in nats (per token with `average`): float32, float64 for float64. Differentiable in `logprob`.
 
     Raises:
-        TypeError: wrong dtypes.
-        ValueError: shapes that do not fit, or more than one grouping.
+        TypeError: wrong dtypes, or `sequences` that is no whole number.
+        ValueError: shapes that do not fit, more than one grouping, or a negative number of sequences.
     """
     check_floating(logprob, "logprob", "(..., T)")
     if logprob.ndim < 1:
@@ -51,6 +51,10 @@ def sequence_logprob(
         raise ValueError("segment and cu_seqlens both say which sequence a token belongs to; pass one of them")
     if sequences is not None and segment is None:
         raise ValueError("sequences is the number of sequences that segment speaks of; pass it with segment only")
+    if sequences is not None and (isinstance(sequences, bool) or not hasattr(sequences, "__index__")):
+        raise TypeError(f"sequences is {sequences!r} but must be an int, how many sequences there are; or leave it out")
+    if isinstance(sequences, int) and sequences < 0:
+        raise ValueError(f"sequences is {sequences} but must not be negative; leave it out to count them")
     check_mask(mask, logprob, "logprob", "token")
     values = logprob.to(compute_dtype(logprob))
     if mask is not None:

@@ -80,7 +80,10 @@ class RankConfig(CosDpoSettings):
         unset="mixture",
     )
     steps: int | None = setting(
-        None, "optimizer steps of each tuned model; the base model has --base-steps", unset="10 epochs, at least 200"
+        None,
+        "optimizer steps of each tuned model; the base model has --base-steps",
+        unset="10 epochs, at least 200",
+        of_new=1,
     )
     average: int = in_training(
         1,
@@ -90,7 +93,7 @@ class RankConfig(CosDpoSettings):
         metavar="N",
     )
     base_steps: int | None = in_training(
-        None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0
+        None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0, of_new=1
     )
     patience: int = in_training(
         6,

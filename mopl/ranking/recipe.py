@@ -25,6 +25,7 @@ from mopl._counted import counted
 from mopl._restoring import seeded
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
 from mopl.experiments.run_directory import RunInterrupted
+from mopl.experiments.settings import settings_of
 from mopl.experiments.stages import Trained
 from mopl.ranking.config import CONDITIONED, RankConfig
 from mopl.ranking.data import RankingData
@@ -92,9 +93,10 @@ class RankingRecipe(Recipe):
             self.config.betas(len(named))
             self.plan(len(named))
         if self.record is None:
-            for setting in ("steps", "base_steps"):  # 0 was allowed once
-                if getattr(self.config, setting) == 0:
-                    raise ValueError(f"{setting} is 0 but must be at least 1")
+            for name, known in settings_of(RankConfig).items():
+                value = getattr(self.config, name)
+                if known.of_new is not None and value is not None and value < known.of_new:  # allowed once
+                    raise ValueError(f"{name} is {value} but must be at least {known.of_new:g}")
         self.splits = self._load()
         train, test = self.splits["train"], self.splits["test"]
         for name, split in self.splits.items():

@@ -38,7 +38,7 @@ class Brevity(TextReward):
     """Minus the length of a text, in words by default.
 
     Args:
-        unit: `"words"`, where languages without spaces are counted by characters (see `mopl._words`); `"characters"`,
+        unit: `"words"`, where languages without spaces are counted by characters; `"characters"`,
             code points of Unicode; or a function from a text to a number (of tokens, say).
 
     Raises:
@@ -183,7 +183,7 @@ class Rouge(TextReward):
     """ROUGE of a text against the reference of its prompt, from 0 to 1; the best of several references.
 
     Plain ASCII is cut into words, and stemmed, by rouge-score itself. Its tokenizer drops every other letter, so that
-    other texts are cut as `mopl._words` says: whole words with their accents, and characters where a script has no
+    other texts are cut as Unicode says: whole words with their accents, and characters where a script has no
     spaces. Only what is plain ASCII of them is stemmed: the stemmer is English.
 
     Args:

@@ -302,6 +302,28 @@ def test_messages_name_options_as_the_command_line_writes_them():
         assert as_flags(kept, "align") == kept
     assert as_flags("objective_temperature is missing", "generate") == "--beta is missing"
     assert as_flags("max_length=5", "steer") == "max_length=5"
+    said = as_flags("temperature is -1 but must be positive; leave out temperature", "generate")
+    assert said == "--temperature is -1 but must be positive; leave out temperature"
+    assert as_flags("average is 5 but steps is 3", "rank") == "--average is 5 but --steps is 3"
+    for kept in ("the model is small", "labels of list 0 hold -1", "steps=x", "no run has steps"):
+        assert as_flags(kept, "rank") == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rank", "--steps", "-5"], "--steps is -5 but must be at least 1"),
+        (["rank", "--base-steps", "-5"], "--base-steps is -5 but must be at least 1"),
+        (["rank", "--weight-decay", "-1"], "--weight-decay is -1.0 but must be at least 0"),
+        (["rank", "--k", "0"], "--k is 0 but must be at least 1"),
+        (["serve", "x", "--timeout", "0"], "--timeout is 0 but must be at least 0.001 and below 1e9, in seconds"),
+        (["serve", "x", "--grace", "-1"], "--grace is -1 but must be at least 0 and below 1e9, in seconds"),
+        (["serve", "x", "--port", "-1"], "--port is -1 but must be from 0 to 65535"),
+    ],
+)
+def test_an_option_out_of_range_is_named_as_it_is_typed_with_a_bound_that_is_allowed(words, said, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"mopl {words[0]}: {said}\n"
 
 
 def test_what_is_no_run_of_rankers_is_named(run, tmp_path, capsys):

@@ -22,6 +22,7 @@ from mopl.conditioning import HyperPrompt, HyperPromptModel, ParameterMixture
 from mopl.experiments.response_loss import PairLoss
 from mopl.integrations import _options
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.integrations.grpo import MultiObjectiveGRPOConfig
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 
@@ -356,6 +357,16 @@ def test_options_of_trl_are_not_dropped_by_the_trainer_for_transformers(tokenize
     parts = dict(train_dataset=ROWS, processing_class=tokenizer)
     with pytest.raises(TypeError, match="args is a DPOConfig, whose loss_type"):
         MultiObjectiveTrainer(llama(), arguments(trl.DPOConfig, tmp_path), **parts)
+
+
+@pytest.mark.parametrize(
+    "name", ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+)
+def test_a_batch_of_nothing_is_named(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} is 0 but must be at least 1"):
+        _options.check_options(arguments(trl.DPOConfig, tmp_path, **{name: 0}), trl.DPOConfig)
+    with pytest.raises(ValueError, match=f"{name} is 0 but must be at least 1"):
+        arguments(MultiObjectiveGRPOConfig, tmp_path, **{name: 0})
 
 
 def test_an_option_that_a_newer_release_adds_is_refused_where_it_is_set(tmp_path):

@@ -123,6 +123,17 @@ def test_labels_to_keep_an_order_of_are_checked_as_those_of_a_loss() -> None:
             op_of_lists(SCORES, labels_with(1.0), ONES * math.nan)
 
 
+def test_what_draws_an_order_is_checked() -> None:
+    labels = labels_with(1.0)
+    for draw in (presort, partial(plackett_luce, SCORES)):
+        with pytest.raises(TypeError, match=r"generator is 0 but must be a torch.Generator; pass torch.Generator\(\)"):
+            draw(labels, ties="random", generator=0)
+    with pytest.raises(ValueError, match="generator is given but ties='stable' draws nothing"):
+        presort(labels, generator=torch.Generator())
+    with pytest.raises(ValueError, match="ties is 'breslow' but must be one of 'stable', 'random'"):
+        presort(labels, ties="breslow")
+
+
 def test_position_weights_of_nan_are_refused_where_a_list_has_the_position() -> None:
     labels, weights = labels_with(1.0), torch.tensor([1.0, 2.0, 1.0, 1.0, math.nan])
     for use in (plackett_luce, partial(plackett_luce, order=presort(labels))):

@@ -100,6 +100,12 @@ def test_no_private_name_crosses_a_wall():
             assert room(name) == room(module) or not private, f"{path}:{line} imports {name}"
 
 
+def test_no_public_text_sends_its_reader_to_a_private_name():
+    public = {name: path for name, path in MODULES.items() if "._" not in name}
+    named = re.compile(r"`mopl(?:\.\w+)*\._\w+")
+    assert {name: found for name, path in public.items() if (found := named.findall(path.read_text("utf-8")))} == {}
+
+
 def test_no_file_is_longer_than_can_be_read_in_one_sitting():
     lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
     assert not {str(path): lines for path, lines in lengths.items() if lines > 400}

@@ -68,6 +68,7 @@ def test_objectives_are_read_from_text(spec, objective):
     ("spec", "message"),
     [
         ("url_click", r"'url_click' has no source \(did you mean url_clicks\?\); write NAME=COLUMN or NAME=@FILE"),
+        ("clicks", "objective 'clicks' has no source; write NAME=COLUMN"),  # somebody's own, not MSLR's url_clicks
         ("price", "objective 'price' has no source; write NAME=COLUMN or NAME=@FILE, then any of"),
         ("clicks=x", "the source 'x', not a column number or @FILE"),
         ("clicks=@", "the source '@'"),
