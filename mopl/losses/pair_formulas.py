@@ -133,7 +133,10 @@ def _robust(pair: Pair) -> Tensor:
 def _discopop(pair: Pair) -> Tensor:
     # g exp(-x) as one exponential: apart they are 0 times infinity for very negative x, of which log g is a multiple.
     logit, steep = pair.logit, pair.logit / pair.tau
-    low, high = (1 / pair.tau - 1) * logit + logsigmoid(-steep), logsigmoid(steep) - logit
+    # log s(-x / tau), or the 0 that it rounds to: its slope of 0 would be NaN beside an exponential that is infinite.
+    nearly = torch.where(steep < -80, 0, logsigmoid(-steep))
+    excess = 1 / pair.tau - 1  # where it is 0, its product with an infinite x would be NaN
+    low, high = excess * logit + nearly if excess else nearly, logsigmoid(steep) - logit
     share = torch.where(logit == -torch.inf, 1, _probability(-steep))  # whose slope of 0 times infinity would be NaN
     return -logsigmoid(logit) * share + torch.where(logit < 0, low, high).exp()
 

@@ -55,3 +55,14 @@ def test_alpha_divergence_of_likely_responses_keeps_its_slope() -> None:
     by_chosen, by_rejected, _ = slopes(w, l, beta=1.0, f_divergence="alpha_divergence")
     assert float(by_chosen) == pytest.approx(-math.exp(-w / 2) / (1 + math.exp(x)), rel=1e-5)
     assert float(by_rejected) == pytest.approx(math.exp(-l / 2) / (1 + math.exp(x)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("x", "tau"), [(-math.inf, 0.05), (-math.inf, 1.0), (-1e3, 2.0), (math.inf, 1.0)])
+def test_discopop_and_its_slopes_go_to_their_limits(x: float, tau: float) -> None:
+    # To the left it is -x + exp((1 / tau - 1) x), to the right 0; in beta, the slope by x times the log-ratio.
+    limit = 0.0 if x > 0 else -math.inf if tau > 1 else -1.0
+    pair = [torch.tensor([[value]]) for value in (x, 0.0)]
+    assert float(bradley_terry(*pair, beta=1.0, loss_type="discopop", discopop_tau=tau)) == (0.0 if x > 0 else math.inf)
+    by_chosen, by_rejected, by_beta = slopes(x, 0.0, beta=1.0, loss_type="discopop", discopop_tau=tau)
+    assert (float(by_chosen), float(by_rejected)) == (limit, -limit)
+    assert float(by_beta) == (0.0 if x > 0 else math.inf)
