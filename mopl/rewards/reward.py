@@ -99,9 +99,10 @@ class FunctionReward:
     """A function as a reward.
 
     Args:
-        function: `(texts, prompts) -> B numbers`, a tensor or a sequence; or in TRL's form, known by its argument
-            `completions`: `(prompts, completions, **kwargs)`, called by these two names, where None is a missing value
-            and completions are messages where the prompt is.
+        function: `(texts, prompts) -> B numbers`, a tensor or a sequence; or in TRL's form, `(prompts, completions,
+            **kwargs)` or `(completions, **kwargs)`, called by these names, where None is a missing value and
+            completions are messages where the prompt is. It is in TRL's form if it has an argument `completions` and
+            needs no other than these two: `(texts, prompts, completions=None)` is not.
         name: of the reward.
         maximise: whether higher values are better.
         cacheable: whether the function gives the same text the same value every time.
@@ -149,10 +150,11 @@ def _keywords_of(function: Callable[..., Any], name: str) -> tuple[str, ...]:
     except (TypeError, ValueError):  # nothing is known of some functions in C
         return ()
     kinds, both = signature.parameters, ("prompts", "completions")
-    named = "completions" in kinds or not _binds(signature, 2)
+    by_place = _binds(signature, 2)
+    named = "completions" in kinds or not by_place
     keywords = next((names for names in (both, both[1:]) if named and _binds(signature, 0, names)), ())
-    first = next(iter(kinds), "")
-    if not keywords and (not _binds(signature, 2) or named or first in ("prompt", "prompts")):
+    needed = "completions" in kinds and kinds["completions"].default is inspect.Parameter.empty
+    if not keywords and (not by_place or needed or next(iter(kinds), "") in ("prompt", "prompts")):
         raise ValueError(
             f"the reward {name} takes ({', '.join(map(str, kinds.values()))}) but must be a function of (texts, "
             "prompts), in this order, or in TRL's form of (prompts, completions, **kwargs), without other columns"

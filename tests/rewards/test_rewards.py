@@ -1,5 +1,6 @@
 """Rewards: values known from elsewhere, signs, remembering, and errors that cost one value and not the run."""
 
+import functools
 import logging
 import math
 import re
@@ -520,6 +521,20 @@ def test_functions_in_the_form_of_trl_get_prompts_and_completions_by_name():
     )
     chats = [[{"role": "user", "content": "x"}], "x"]
     assert Rewards([FunctionReward(of_messages, "said")])(["four", "text"], chats)[:, 0].tolist() == [4.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda texts, prompts, completions=None: [len(t) if completions is None else -1 for t in texts],
+        lambda texts, prompts=None, *, completions=None: [len(t) if completions is None else -1 for t in texts],
+        functools.partial(lambda texts, prompts, completions: [len(t) for t in texts], completions=None),
+        lambda prompts, completions=None: [len(c) for c in completions],
+        lambda completions=None, prompts=None, **_: [len(c) for c in completions],
+    ],
+)
+def test_the_form_of_a_function_is_what_it_needs(function):
+    assert Rewards([FunctionReward(function, "length")])(["a", "bcd"], ["prompt", "prompt"]).tolist() == [[1.0], [3.0]]
 
 
 @pytest.mark.parametrize(
