@@ -130,8 +130,9 @@ def lambda_loss(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit, an option is unknown, a β is not positive, a label has an infinite gain, or
-            with `normalize` one is negative; the message says which and what to pass.
+        ValueError: shapes do not fit, an option is unknown, a β is not positive, a label that differs from another
+            of its list has an infinite gain, or with `normalize` one is negative; the message says which and what to
+            pass.
     """
     check_choice(gain, GAINS, "gain")
     check_choice(top_k_rule, ("either", "both"), "top_k_rule")
@@ -148,11 +149,12 @@ def lambda_loss(
             source = _above_lowest(as_labels(labels, scores).detach(), order, mask).to(y.dtype)
         gains = _gains(source, gain, mask, scaled=normalize)
         if readable(gains) and bool((large := gains == math.inf).any()):
-            place = large.nonzero()[0].tolist()
-            raise ValueError(
-                f"labels of list {place[0]} hold {float(y[tuple(place)]):g}, whose gain is beyond {gains.dtype}; pass "
-                "gain='linear' or normalize=True, or divide the labels"
-            )
+            highest, lowest = _extremes(order, mask)
+            for place in (large & (highest > lowest)).nonzero()[:1].tolist():  # equal labels form no pair
+                raise ValueError(
+                    f"labels of list {place[0]} hold {float(y[tuple(place)]):g}, whose gain is beyond {gains.dtype}; "
+                    "pass gain='linear' or normalize=True, or divide the labels"
+                )
         if normalize:
             ideal = _ideal_dcg(gains, mask, top_k)
             gains = torch.where(ideal > 0, gains / torch.where(ideal > 0, ideal, 1), 0)

@@ -428,6 +428,18 @@ def test_a_label_whose_gain_is_infinite_is_refused() -> None:
     assert lambda_loss(scores.double(), labels.double()).isfinite()
 
 
+def test_a_label_whose_gain_is_infinite_costs_nothing_where_it_forms_no_pair() -> None:
+    scores = torch.randn(3, 3, requires_grad=True)
+    labels = torch.tensor([[200.0, 200.0, 200.0], [150.0, 1.0, 1.0], [3.0, 2.0, 1.0]])
+    mask = torch.tensor([[True] * 3, [True, False, False], [True] * 3])
+    loss = lambda_loss(scores, labels, mask=mask, reduction="none")[:, 0]
+    (slope,) = torch.autograd.grad(loss.sum(), scores, create_graph=True)
+    (second,) = torch.autograd.grad(slope.square().sum(), scores)
+    assert loss[:2].tolist() == [0, 0] and loss[2] > 0
+    assert not slope[:2].any() and not second[:2].any() and slope.isfinite().all() and second.isfinite().all()
+    assert float(lambda_loss(scores[:, :1], labels[:, :1])) == 0
+
+
 def test_a_list_without_a_positive_ideal_dcg_contributes_nothing() -> None:
     scores = torch.randn(2, 3, requires_grad=True)
     labels = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
