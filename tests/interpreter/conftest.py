@@ -148,6 +148,7 @@ def _compute_at_once() -> None:
     number beside Python's, a pointer and an offset. The front end says what comes out when types meet for the first
     time; where NumPy finds something else, it goes on to compute.
     """
+    from triton import language
     from triton.language import core
     from triton.runtime import interpreter
 
@@ -177,39 +178,61 @@ def _compute_at_once() -> None:
     def moved(pointers, offsets, size):
         return pointers + size * offsets.astype(np.uint64)
 
-    def method(name, function, kinds):
-        plain, results = getattr(tensor, name), {}
+    def learning(plain, function, kinds):
+        """Return the function of Triton's front end that asks it once for all operands of the same types."""
+        results = {}
 
-        def first(one, other):
-            """Return what call() keeps of these types: last what computes them from their arrays, if not plain."""
-            found = plain(one, other, _semantic=semantic)
-            a, b, compute = one.dtype, other.dtype, None
+        def first(operands):
+            """Return what call() keeps of these types: third what computes the result, or none."""
+            found, compute = plain(*operands, _semantic=semantic), None
+            a, b = (each.dtype for each in operands[-2:])
             if any(a.name in kind and b.name in kind for kind in kinds):
                 compute = function
-            elif name == "__add__" and a.is_ptr() and b.name in whole:
+            elif function is np.add and a.is_ptr() and b.name in whole:
                 compute = functools.partial(moved, size=max(1, a.element_ty.primitive_bitwidth // 8))
             if compute:
-                mine, theirs = compute(one.handle.data, other.handle.data), found.handle.data
+                mine, theirs = compute(*[each.handle.data for each in operands]), found.handle.data
                 compute = compute if (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape) else None
-            return found.type, found.handle.dtype, compute, one.type, other.type  # kept, or their ids would be others'
+            types = [each.type for each in operands]  # kept, or their ids would become those of others
+            return found.type, found.handle.dtype, compute, types
+
+        def call(*operands):
+            key = tuple([id(each.type) for each in operands])
+            if key not in results:
+                results[key] = first(operands)
+            kind, of_entries, compute, _ = results[key]
+            if compute is None:
+                return plain(*operands, _semantic=semantic)
+            return tensor(handle(compute(*[each.handle.data for each in operands]), of_entries), kind)
+
+        return call
+
+    def method(name, function, kinds):
+        plain = getattr(tensor, name)
+        quick = learning(plain, function, kinds)
 
         def call(one, other):
             if other.__class__ is core.constexpr:
                 other = other.value
-            if other.__class__ is not tensor:
-                other = as_tensor(one, other) if kinds is numbers else other
-                if other.__class__ is not tensor:
-                    return plain(one, other, _semantic=semantic)
-            key = id(one.type), id(other.type)
-            if key not in results:
-                results[key] = first(one, other)
-            kind, of_entries, compute = results[key][:3]
-            if compute is None:
-                return plain(one, other, _semantic=semantic)
-            return tensor(handle(compute(one.handle.data, other.handle.data), of_entries), kind)
+            if other.__class__ is not tensor and kinds is numbers:
+                other = as_tensor(one, other)
+            return quick(one, other) if other.__class__ is tensor else plain(one, other, _semantic=semantic)
 
         setattr(tensor, name, call)
 
+    def where(condition, x, y):
+        x, y = (each.value if each.__class__ is core.constexpr else each for each in (x, y))
+        if x.__class__ is tensor and y.__class__ is not tensor:
+            y = as_tensor(x, y)
+        elif y.__class__ is tensor and x.__class__ is not tensor:
+            x = as_tensor(y, x)
+        if x.__class__ is y.__class__ is condition.__class__ is tensor and condition.dtype is core.int1:
+            return choose(condition, x, y)
+        return plain_where(condition, x, y, _semantic=semantic)
+
+    plain_where = core.where
+    choose = learning(plain_where, np.where, numbers)
+    language.where = core.where = where
     for table, kinds in ((arithmetic, numbers), (of_bits, bits)):
         for name, function in table.items():
             method(f"__{name}__", function, kinds)
