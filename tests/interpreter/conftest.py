@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         _repeat_less()
         _say_types_once()
+        _compute_at_once()
         _combine_by_pairs()
 
 
@@ -45,12 +46,8 @@ def _repeat_less() -> None:
     interpreter._get_np_dtype = numpy_type
     if not hasattr(interpreter, "_LangPatchScope"):  # an early Triton, which does not say when a launch ends
         return
-    patch, replaced = interpreter._patch_lang, set()
-
-    class Launch(interpreter._LangPatchScope):
-        def restore(self) -> None:
-            replaced.clear()
-            self.scope.restore()
+    patch, replaced, kept = interpreter._patch_lang, set(), interpreter._LangPatchScope()
+    of_builtins, semantic = language.core.builtin(lambda: None).__code__, interpreter.interpreter_semantic
 
     @functools.cache
     def modules_of(function):
@@ -58,14 +55,21 @@ def _repeat_less() -> None:
 
     def once(function):
         modules = modules_of(function)
-        if modules and modules <= replaced:
-            return None  # a call of a device function, which asks for nothing
-        launch = Launch()
-        launch.scope = patch(function)
-        replaced.update(modules)
-        return launch
+        if not modules or not modules <= replaced:
+            patch(function)
+            replaced.update(modules)
+        return kept  # as replaced as it is: nothing but kernels in the interpreter calls them in this process
 
-    interpreter._patch_lang = once
+    def given(of, name, member, builder, scope):
+        inner = member.__wrapped__ if member.__code__ is of_builtins else member
+
+        def call(*arguments, **options):
+            options["_semantic"] = semantic
+            return inner(*arguments, **options)
+
+        scope.set_attr(of, name, call)
+
+    interpreter._patch_lang, interpreter._patch_attr = once, given
 
 
 def _say_types_once() -> None:
@@ -82,22 +86,22 @@ def _say_types_once() -> None:
     if not hasattr(interpreter, "_LangPatchScope"):
         return
     front_end = semantic.TritonSemantic
-    block_init, with_element_ty = core.block_type.__init__, core.block_type.with_element_ty
+    block_init, pointer_init = core.block_type.__init__, core.pointer_type.__init__
+    with_element_ty = core.block_type.with_element_ty
     tensor_init, equal = core.tensor.__init__, core.dtype.__eq__
     broadcast, checked = front_end.broadcast_impl_value, front_end.binary_op_type_checking_impl
     sanitize = front_end.binary_op_sanitize_overflow_impl
     # Two operands of one of these are computed in it, quotients too.
     plain = {"fp32", "fp64", *core.dtype.SINT_TYPES, *core.dtype.UINT_TYPES}
 
-    def block(self, element_ty, shape):
-        lengths = tuple(getattr(n, "value", n) for n in shape)
+    def block(cls, element_ty, shape):
+        lengths = tuple([getattr(n, "value", n) for n in shape])
         known = element_ty.__dict__.setdefault("blocks", {})
-        if lengths in known:
-            self.__dict__ = known[lengths].__dict__
-        else:
-            block_init(self, element_ty, shape)
-            self.lengths = lengths
-            known[lengths] = self
+        if lengths not in known:
+            known[lengths] = object.__new__(cls)
+            block_init(known[lengths], element_ty, shape)
+            known[lengths].lengths = lengths
+        return known[lengths]
 
     def block_of(self, element_ty):
         return element_ty.__dict__.get("blocks", {}).get(self.lengths) or with_element_ty(self, element_ty)
@@ -122,10 +126,117 @@ def _say_types_once() -> None:
         if self.builder.options.debug:
             sanitize(self, *rest)
 
-    core.block_type.__init__, core.block_type.with_element_ty, core.tensor.__init__ = block, block_of, tensor
-    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    def pointer(cls, element_ty, *rest, **options):
+        known, key = element_ty.__dict__.setdefault("pointers", {}), (rest, *options.items())
+        if key not in known:
+            known[key] = object.__new__(cls)
+            pointer_init(known[key], element_ty, *rest, **options)
+        return known[key]
+
+    def same_dtype(self, other):
+        return self is other or (self.name == other.name if other.__class__ is core.dtype else equal(self, other))
+
+    for kind, once in ((core.block_type, block), (core.pointer_type, pointer)):
+        kind.__new__, kind.__init__, kind.to_ir = once, lambda *given, **named: None, lambda self, builder: self
+    core.block_type.with_element_ty, core.tensor.__init__, core.dtype.__eq__ = block_of, tensor, same_dtype
     front_end.broadcast_impl_value, front_end.binary_op_type_checking_impl = alike, operands
     front_end.binary_op_sanitize_overflow_impl = overflow
+
+
+def _compute_at_once() -> None:
+    """Hand operands to NumPy at once where it computes what Triton's front end does with them: two numbers of a kind, a
+    number beside Python's, a pointer and an offset. The front end says what comes out when types meet for the first
+    time; where NumPy finds something else, it goes on to compute.
+    """
+    from triton import language
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    tensor, handle, semantic = core.tensor, interpreter.TensorHandle, interpreter.interpreter_semantic
+    whole, broken = {"int32", "int64"}, {"fp32", "fp64"}
+    numbers, bits = (whole, broken), (whole, {"int1"})
+    arithmetic = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide}
+    arithmetic |= {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+    arithmetic |= {"eq": np.equal, "ne": np.not_equal}
+    of_bits = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+
+    def as_tensor(beside, number):
+        """Return the number as a scalar of the type beside it, or as it is where one of the two is to be cast."""
+        known = beside.type.__dict__.setdefault("numbers", {})
+        key = repr(number)  # which tells 1 from 1.0 and 0.0 from -0.0
+        if key not in known:
+            known[key] = number
+            if beside.dtype.name in whole | broken:
+                same, full = semantic.binary_op_type_checking_impl(beside, number)
+                if same is beside:
+                    entry = handle(full.handle.data.reshape(-1)[:1].copy(), full.handle.dtype)
+                    known[key] = tensor(entry, beside.dtype)
+        return known[key]
+
+    def moved(pointers, offsets, size):
+        return pointers + size * offsets.astype(np.uint64)
+
+    def learning(plain, function, kinds):
+        """Return the function of Triton's front end that asks it once for all operands of the same types."""
+        results = {}
+
+        def first(operands):
+            """Return what call() keeps of these types: third what computes the result, or none."""
+            found, compute = plain(*operands, _semantic=semantic), None
+            a, b = (each.dtype for each in operands[-2:])
+            if any(a.name in kind and b.name in kind for kind in kinds):
+                compute = function
+            elif function is np.add and a.is_ptr() and b.name in whole:
+                compute = functools.partial(moved, size=max(1, a.element_ty.primitive_bitwidth // 8))
+            if compute:
+                mine, theirs = compute(*[each.handle.data for each in operands]), found.handle.data
+                compute = compute if (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape) else None
+            types = [each.type for each in operands]  # kept, or their ids would become those of others
+            return found.type, found.handle.dtype, compute, types
+
+        def call(*operands):
+            key = tuple([id(each.type) for each in operands])
+            if key not in results:
+                results[key] = first(operands)
+            kind, of_entries, compute, _ = results[key]
+            if compute is None:
+                return plain(*operands, _semantic=semantic)
+            return tensor(handle(compute(*[each.handle.data for each in operands]), of_entries), kind)
+
+        return call
+
+    def method(name, function, kinds):
+        plain = getattr(tensor, name)
+        quick = learning(plain, function, kinds)
+
+        def call(one, other):
+            if other.__class__ is core.constexpr:
+                other = other.value
+            if other.__class__ is not tensor and kinds is numbers:
+                other = as_tensor(one, other)
+            return quick(one, other) if other.__class__ is tensor else plain(one, other, _semantic=semantic)
+
+        setattr(tensor, name, call)
+
+    def where(condition, x, y):
+        x, y = (each.value if each.__class__ is core.constexpr else each for each in (x, y))
+        if x.__class__ is tensor and y.__class__ is not tensor:
+            y = as_tensor(x, y)
+        elif y.__class__ is tensor and x.__class__ is not tensor:
+            x = as_tensor(y, x)
+        if x.__class__ is y.__class__ is condition.__class__ is tensor and condition.dtype is core.int1:
+            return choose(condition, x, y)
+        return plain_where(condition, x, y, _semantic=semantic)
+
+    plain_where = core.where
+    choose = learning(plain_where, np.where, numbers)
+    language.where = core.where = where
+    for table, kinds in ((arithmetic, numbers), (of_bits, bits)):
+        for name, function in table.items():
+            method(f"__{name}__", function, kinds)
+            method(f"__r{name}__", lambda a, b, function=function: function(b, a), kinds)
 
 
 def _combine_by_pairs() -> None:
