@@ -138,7 +138,7 @@ def plot_front(
         title = f"{data_names(records)}: every trade-off ({metric.name})"
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
         figure = _draw(scene, plain(title), [_wrapped(note, 110) for note in notes])
-        return write(path, lambda file: figure.savefig(file, format="png", dpi=PIXELS_PER_INCH))
+        return write(path, figure.canvas.print_png)
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -243,7 +243,7 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
     figure.suptitle(title)
     if notes:
         grid[0, 0].set_title("\n".join(notes), fontsize=7, loc="left", color="#555555")
-    figure.draw_without_rendering()  # where the axes end up decides where labels fit
+    layout.execute(figure)  # where the axes end up decides where labels fit
     figure.set_layout_engine("none")
     for panel in panels:
         panel.annotate()
@@ -310,6 +310,8 @@ class _Panel:
         self, one: _Series, points: Sequence[Point], size: float, *, outlined: bool = True, alpha: float = 1.0
     ) -> None:
         """Draw points of a method, filled with the colour of their main figure."""
+        if not points:
+            return
         self.axes.scatter(
             [self.at(p)[0] for p in points],
             [self.at(p)[1] for p in points],

@@ -400,7 +400,7 @@ def pixels(path):
     return pytest.importorskip("matplotlib.image").imread(path)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
 def test_picture_is_1200_pixels_wide_and_shows_more_than_axes(tmp_path, m):
     if m == 1:
         fronts = [front(m=2, objectives=["only"], reference_point=[0.0])]
@@ -410,8 +410,8 @@ def test_picture_is_1200_pixels_wide_and_shows_more_than_axes(tmp_path, m):
         fronts = [base(m), *several(m)]
     image = pixels(plot_front(fronts, tmp_path / "new folder" / "front.png"))
     assert image.shape[1] == 1200
-    colours = {tuple(pixel) for pixel in (image[..., :3] * 255).round().astype(int).reshape(-1, 3).tolist()}
-    assert len(colours) > 300  # viridis, outlines, anti-aliasing
+    colours = (image[..., :3] * 255).round().astype(int) @ (1, 256, 256**2)
+    assert len(set(colours.flat)) > 300  # viridis, outlines, anti-aliasing
 
 
 def test_picture_depends_on_base_model_truth_seeds_and_scale(tmp_path):
@@ -444,9 +444,9 @@ def test_picture_survives_identical_points_one_point_and_names_that_look_like_ma
 
 @pytest.mark.parametrize("m", [2, 3, 5])
 def test_weights_are_named_and_no_label_covers_a_point_or_another_label(tmp_path, monkeypatch, m):
-    figure_of = pytest.importorskip("matplotlib.figure").Figure
-    seen, save = [], figure_of.savefig
-    monkeypatch.setattr(figure_of, "savefig", lambda self, *a, **more: (seen.append(self), save(self, *a, **more))[1])
+    canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg
+    seen, save = [], canvas.print_png
+    monkeypatch.setattr(canvas, "print_png", lambda self, file: (seen.append(self.figure), save(self, file))[1])
     crowd = [front(f"method {i}", m, shift=0.02 * i - 0.06, hypervolume=4.0 - abs(i - 3)) for i in range(7)]
     plot_front([base(m), *crowd], tmp_path / "front.png")
     (figure,) = seen
@@ -465,9 +465,9 @@ def test_weights_are_named_and_no_label_covers_a_point_or_another_label(tmp_path
 
 
 def test_marks_of_the_legend_are_those_of_the_picture(tmp_path, monkeypatch):
-    figure_of = pytest.importorskip("matplotlib.figure").Figure
-    seen, save = [], figure_of.savefig
-    monkeypatch.setattr(figure_of, "savefig", lambda self, *a, **more: (seen.append(self), save(self, *a, **more))[1])
+    canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg
+    seen, save = [], canvas.print_png
+    monkeypatch.setattr(canvas, "print_png", lambda self, file: (seen.append(self.figure), save(self, file))[1])
     plot_front([base(), *several()], tmp_path / "front.png", truth=[[0.3, 0.5], [0.5, 0.3]])
     (figure,) = seen
     marks = {handle.get_label(): handle for handle in figure.legends[0].legend_handles}
