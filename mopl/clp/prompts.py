@@ -17,7 +17,7 @@ from mopl._lines import TextError, byte_lines, decode, text_fault
 from mopl.clp.config import ClpConfig
 from mopl.conditioning import samplers
 from mopl.language_models.data import OnError, ReadReport, RowError, Text
-from mopl.language_models.formats import unread_column
+from mopl.language_models.formats import Format, prompt_of, unread_column
 from mopl.language_models.readers import format_of, load_preferences, rows_of_json
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.rewards import prompt_key
@@ -123,19 +123,29 @@ def _text_rows(path: Path) -> Iterator[Placed]:
 
 
 def _prompt_rows(path: Path) -> Iterator[Placed | None]:
-    """Yield the prompts of JSON lines, and None where a row is preference data of a known format without a prompt."""
+    """Yield the prompts of JSON lines, and None where a row is preference data of a known format without such a prompt.
+
+    That of preference data is what the reader of its format makes of it, whichever kind of file it stands in.
+    """
     for place, row in rows_of_json(path):
         if isinstance(row, RowError):
             yield place, row
             continue
-        wrong = _what_is_wrong(row)
-        if wrong is None:
-            prompt = row["prompt"]
-            yield place, prompt if isinstance(prompt, str) else tuple(prompt)
-        elif isinstance(row, dict) and "prompt" not in row and format_of(row) is not None:
+        entry = format_of(row) if isinstance(row, dict) else None
+        if entry is not None and ("prompt" not in row or isinstance(row["prompt"], dict)):
             yield None
-        else:
-            yield place, RowError("no prompt", f"it {wrong}; {WANTED}")
+            continue
+        try:
+            yield place, _prompt_of(row, entry)
+        except RowError as error:
+            yield place, error
+
+
+def _prompt_of(row: Any, entry: Format | None) -> Text:
+    """Return the prompt of a row; raise a `RowError` where there is none, or no model can be asked it."""
+    if (wrong := _what_is_wrong(row)) is not None:
+        raise RowError("no prompt", f"it {wrong}; {WANTED}")
+    return prompt_of(row, None if entry is None else entry.name)
 
 
 def _what_is_wrong(row: Any) -> str | None:
@@ -156,7 +166,7 @@ def _what_is_wrong(row: Any) -> str | None:
     if not prompt:
         return "has an empty prompt"
     for place, message in enumerate(prompt, start=1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & set(message):
             return f"has a prompt whose message {place} has no role or no content"
     return None
 

@@ -34,6 +34,17 @@ def read_text(value: Any, what: str, number: int | None = None) -> Text:
         raise RowError("wrong type", f"{where} is a {type(value).__name__} but must be a text or a list of messages")
     if len(value) == 0:
         raise RowError(f"empty {what}", f"{where} has no messages")
+    messages = read_messages(value, where)
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
+        raise RowError(f"empty {what}", f"no message of {where} has text")
+    return messages
+
+
+def read_messages(value: Sequence[Any], where: str) -> tuple[Message, ...]:
+    """Check that messages have a role and a text, or calls of tools, and drop their None entries, as `read_text` does.
+
+    A template would write another content as Python shows it: "None", or the list of parts with its brackets.
+    """
     messages = []
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -42,8 +53,6 @@ def read_text(value: Any, what: str, number: int | None = None) -> Text:
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise RowError("not a message", f"{where} holds {_short(message)}, whose content is no text")
         messages.append(message)
-    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
-        raise RowError(f"empty {what}", f"no message of {where} has text")
     return tuple(messages)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from mopl._lines import TextError, parse_json
 from mopl._words import last_boundary
+from mopl.language_models._list_fields import Text, read_text
 from mopl.language_models.data import PreferenceList, RowError
 
 Row = Mapping[str, Any]
@@ -278,6 +279,8 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
             raise RowError("empty response", f"{what} has no text")
     if pair[0] == pair[1]:
         raise RowError("equal responses", "chosen and rejected are the same")
+    if transcript(prompt) is not prompt and all(isinstance(text, str) and _begins_with(text, prompt) for text in pair):
+        prompt = None  # it is written in both
     if prompt is None and all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in pair):
         # Split by hand and not by `transcript`: an empty last turn is an empty response, not a turn to be filled.
         marker = "\n\nAssistant:"
@@ -292,22 +295,63 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
     if isinstance(pair[0], str):
         if prompt is None:
             prompt, pair = _common_words(*pair)
-        else:
-            prompt = transcript(prompt)
+        elif (turns := transcript(prompt)) is not prompt:
+            # The notation, and no model, writes a space in front of what the assistant says.
+            prompt, pair = turns, [text.strip() for text in pair]
         yield make_list(prompt, pair, labels)
         return
-    whole = pair[0][0].get("role") != "assistant"
-    if prompt is None or whole:
+    if prompt is None or pair[0][0].get("role") != "assistant":
         common = 0
         # The last message of each is always a response, even where one conversation is the beginning of the other.
         while common < min(map(len, pair)) - 1 and pair[0][common] == pair[1][common]:
             common += 1
         if common == 0:
             raise RowError("no common prompt", "chosen and rejected differ from their first message on")
+        if _says_more(prompt, pair[0][:common]):
+            raise RowError(
+                "prompt beside conversations",
+                "chosen and rejected are whole conversations, and the prompt has messages that they lack; begin both with "
+                "these, or leave the column out",
+            )
         prompt, pair = pair[0][:common], [messages[common:] for messages in pair]
         if any(messages[0].get("role") != "assistant" for messages in pair):
             raise RowError("no common prompt", f"they part at message {common}, which is not the assistant's")
     yield make_list(prompt, pair, labels)
+
+
+def _begins_with(text: str, prompt: str) -> bool:
+    return text.lstrip().startswith(prompt.strip())
+
+
+def _says_more(prompt: Any, messages: Sequence[Row]) -> bool:
+    """Say whether a prompt has messages that a conversation has not; a text is some rendering of it."""
+    have = [(message.get("role"), message.get("content")) for message in messages]
+    asked = () if prompt is None or isinstance(prompt, str) else prompt
+    return any((message.get("role"), message.get("content")) not in have for message in asked)
+
+
+def prompt_of(row: Row, name: str | None = None) -> Text:
+    """Return the prompt of a row that has this column, as the reader of its format has it, whatever the responses are.
+
+    Args:
+        row: the row.
+        name: of its format; None: of no known one.
+
+    Raises:
+        RowError: if it is no prompt, or is in the responses, too, and these cannot be read.
+    """
+    prompt = row["prompt"]
+    if name in ("helpsteer2", "helpsteer2-preference"):
+        prompt = _turns_of(prompt)
+    elif name == "nectar" or (name == "pairs" and isinstance(row["chosen"], str)):
+        prompt = transcript(prompt)
+    elif name == "pairs":
+        try:
+            draft = next(parse_pair(row))
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise RowError("wrong structure", f"not a row of pairs ({type(error).__name__}: {error})") from None
+        prompt = draft.prompt if isinstance(draft, PreferenceList) else prompt
+    return read_text(prompt, "prompt")
 
 
 def _common_words(chosen: str, rejected: str) -> tuple[str, list[str]]:

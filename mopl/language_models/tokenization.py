@@ -33,6 +33,7 @@ import numpy as np
 
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
+from mopl.language_models._list_fields import read_messages
 from mopl.language_models.data import (
     Message,
     OnError,
@@ -202,9 +203,11 @@ class ListTokenizer:
             prompt: a text or chat messages.
 
         Raises:
-            RowError: if it is no Unicode text, messages cannot be written in plain text, or the chat template refuses
-                them.
+            RowError: if it is no Unicode text, a message has no text, messages cannot be written in plain text, or the
+                chat template refuses them.
         """
+        if not isinstance(prompt, str):
+            prompt = read_messages(prompt, "the prompt")
         tokens = self._encode(self._opening(prompt), first=True)
         return tokens if self.chat else np.concatenate([self._front, tokens])
 

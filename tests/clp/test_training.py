@@ -33,7 +33,9 @@ from mopl.clp.prompts import PromptSource, placed_prompts
 from mopl.clp.rollout import Rollout, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.decoding import MixedLogits
+from mopl.language_models.data import DataError, RowError
 from mopl.language_models.models import fingerprint
+from mopl.language_models.tokenization import ListTokenizer
 from mopl.losses import policy_gradient
 from mopl.pareto import Front
 from mopl.rewards import FunctionReward, Rewards
@@ -64,6 +66,46 @@ def test_prompts_are_read_from_text_json_lines_and_preference_data(tmp_path):
     (tmp_path / "d.txt").write_text("alone\n")
     with pytest.raises(ValueError, match="has 1 prompt but"):
         read_prompts(str(tmp_path / "d.txt"))
+
+
+def test_prompts_of_preference_data_are_those_that_its_reader_gives_in_every_kind_of_file(tmp_path):
+    said = [[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": a}]
+            for a in "xy"]  # fmt: skip
+    turn = "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nb"
+    replies = [{"role": "assistant", "text": text, "rank": rank} for rank, text in enumerate("xy")]
+    rows = [
+        {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": [{"answer": a, "rank": r} for r, a in enumerate("xy")]},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " x", "rejected": " y"},
+        {"prompt": "q", "chosen": said[0], "rejected": said[1]},
+        {"prompt": turn, "response_1": "x", "response_2": "y", "preference_strength": 1},
+        {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "q", "replies": replies}},
+    ]
+    for row in rows:
+        both = json.dumps(row), json.dumps(row).replace("q", "p")  # keys such as "prompt" have no q
+        (tmp_path / "a.jsonl").write_text("\n".join(both))
+        (tmp_path / "a.json").write_text(f"[{', '.join(both)}]")
+        found = read_prompts(str(tmp_path / "a.jsonl"))
+        assert found == read_prompts(str(tmp_path / "a.json"))
+        assert {"role": "user", "content": "p"} in found[1]
+    # Empty entries, which tables put into messages, are left out of those of other rows, too.
+    (tmp_path / "b.jsonl").write_text(
+        '{"prompt": [{"role": "user", "content": "q", "tool_calls": null}]}\n{"prompt": "p"}'
+    )
+    assert read_prompts(str(tmp_path / "b.jsonl"))[0] == ({"role": "user", "content": "q"},)
+
+
+@pytest.mark.parametrize("content", [None, 7, [{"type": "text", "text": "w1"}]])
+def test_a_message_whose_content_is_no_text_is_refused_before_a_template_writes_it(tmp_path, content):
+    """It would stand there as Python shows it: as "None", or with the brackets of a list."""
+    messages = [{"role": "user", "content": content}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": each}) for each in ("w1", messages, "w2")))
+    with pytest.raises(DataError, match=r"not a message \(line 2: prompt holds .*, whose content is no text"):
+        read_prompts(str(tmp_path / "a.jsonl"))
+    encoder = ListTokenizer(tokenizer(chat=True), max_length=None, append_eos=False)
+    with pytest.raises(RowError, match=r"the prompt holds .*, whose content is no text"):
+        encoder.prompt_tokens(messages)
+    calls = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    assert len(encoder.prompt_tokens(calls))
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,14 @@ def test_hh_transcripts_become_messages_and_the_last_turns_are_the_responses():
         load_preferences([{"chosen": start + " A b.", "rejected": start + " "}])
 
 
+@pytest.mark.parametrize("written", ["", "\n\nHuman: hi\n\nAssistant:"])
+def test_hh_transcripts_with_a_prompt_of_their_own_have_the_responses_of_those_without(written):
+    """Those of a prompt column begin with the space of the notation, which no model writes."""
+    row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": f"{written} A b.", "rejected": f"{written} A c."}
+    item = only([row])
+    assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ("A b.", "A c.")
+
+
 def test_hh_conversations_that_part_earlier_answer_with_the_rest_of_the_conversation():
     row = {
         "chosen": "\n\nHuman: hi\n\nAssistant: a\n\nHuman: thanks\n\nAssistant: b",
@@ -403,6 +411,8 @@ def test_hh_conversations_that_part_earlier_answer_with_the_rest_of_the_conversa
         ({"chosen": "The sky is blue.", "rejected": "The sky"}, "The", (" sky is blue.", " sky")),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, (USER,), ((GOOD,), (BAD,))),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
+        ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi!"}, "Hi", ("Hi you", "Hi!")),
+        ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
         ({"prompt": "as text too", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
     ],
 )
@@ -432,6 +442,10 @@ def test_conversational_pairs_agree_with_trl(style):
         ({"chosen": [USER, GOOD], "rejected": "text"}, "wrong type"),
         ({"chosen": "", "rejected": "text", "prompt": "q"}, "empty response"),
         ({"chosen": None, "rejected": "text", "prompt": "q"}, "empty response"),
+        (
+            {"prompt": [{"role": "system", "content": "s"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            "prompt beside conversations",
+        ),
         ({"chosen": ["a"], "rejected": ["b"], "prompt": "q"}, r"wrong structure \(row 1: not a row of pairs"),
     ],
 )
