@@ -310,8 +310,8 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
         if _says_more(prompt, pair[0][:common]):
             raise RowError(
                 "prompt beside conversations",
-                "chosen and rejected are whole conversations, and the prompt has messages that they lack; begin both with "
-                "these, or leave the column out",
+                "chosen and rejected are whole conversations, and the prompt has messages that they lack; begin both "
+                "with these, or leave the column out",
             )
         prompt, pair = pair[0][:common], [messages[common:] for messages in pair]
         if any(messages[0].get("role") != "assistant" for messages in pair):
