@@ -279,8 +279,9 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
             raise RowError("empty response", f"{what} has no text")
     if pair[0] == pair[1]:
         raise RowError("equal responses", "chosen and rejected are the same")
-    if transcript(prompt) is not prompt and all(isinstance(text, str) and _begins_with(text, prompt) for text in pair):
-        prompt = None  # it is written in both
+    if isinstance(prompt, str) and transcript(prompt) is not prompt:
+        if all(isinstance(text, str) and text.lstrip().startswith(prompt.strip()) for text in pair):
+            prompt = None  # it is written in both
     if prompt is None and all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in pair):
         # Split by hand and not by `transcript`: an empty last turn is an empty response, not a turn to be filled.
         marker = "\n\nAssistant:"
@@ -317,10 +318,6 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
         if any(messages[0].get("role") != "assistant" for messages in pair):
             raise RowError("no common prompt", f"they part at message {common}, which is not the assistant's")
     yield make_list(prompt, pair, labels)
-
-
-def _begins_with(text: str, prompt: str) -> bool:
-    return text.lstrip().startswith(prompt.strip())
 
 
 def _says_more(prompt: Any, messages: Sequence[Row]) -> bool:

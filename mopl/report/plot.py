@@ -310,8 +310,6 @@ class _Panel:
         self, one: _Series, points: Sequence[Point], size: float, *, outlined: bool = True, alpha: float = 1.0
     ) -> None:
         """Draw points of a method, filled with the colour of their main figure."""
-        if not points:
-            return
         self.axes.scatter(
             [self.at(p)[0] for p in points],
             [self.at(p)[1] for p in points],
