@@ -1,9 +1,11 @@
 """The kernels of listwise cross-entropy, through the whole public op, against the plain formula in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from interpreting import far_apart
 from list_problems import Problem, check, compare, curvature, in_float64, make, padded, poisoned, results
 from torch import Tensor
 
@@ -171,6 +173,14 @@ def test_backward_twice_gives_the_same_bits(path: str) -> None:
     loss = listwise_cross_entropy(scores, problem.labels, problem.beta, problem.mask)
     first = torch.autograd.grad(loss.sum(), scores, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss.sum(), scores)[0])
+
+
+def test_offsets_past_2_to_the_31(path: str) -> None:
+    problem = make(4, 1, 9, dtype=torch.bfloat16, levels=3, label_dtype=torch.uint8, normalize=True)
+    plain = results(listwise_cross_entropy, problem)
+    far = {name: far_apart(getattr(problem, name)) for name in ("scores", "labels", "mask")}
+    for name, value in results(listwise_cross_entropy, replace(problem, **far)).items():
+        assert torch.equal(value, plain[name]), name
 
 
 def test_expanded_and_permuted_inputs() -> None:

@@ -1,14 +1,9 @@
-"""Offsets past 2^31 elements: rows far apart in memory that is reserved but hardly touched.
-
-The interpreter wraps 32-bit integers as a GPU does. Strides and row numbers stay below 2^31, so they reach the kernels
-as 32-bit integers; only their products do not fit. A kernel that is wrong here mostly ends the process.
-"""
+"""Offsets past 2^31 elements of the kernels of log-probabilities."""
 
 import math
 
-import pytest
 import torch
-from torch import Tensor
+from interpreting import far_apart
 
 from mopl.kernels import fused_logprob
 from mopl.kernels import linear_logprob as kernels
@@ -17,30 +12,16 @@ from mopl.ops import gathered_logprob_triton
 from mopl.ops.linear_logprob import choice, gpu
 from mopl.ops.linear_logprob.records import Batch, Coefficients, Head
 
-STRIDE = 2**30 + 64  # elements between rows; from the third row on offsets pass 2^31
-ROWS, FAR = 4, 3
-
-
-def apart(x: Tensor) -> Tensor:
-    """Return a matrix with the same values whose rows lie `STRIDE` elements apart."""
-    rows, columns = x.shape
-    try:
-        store = torch.empty((rows - 1) * STRIDE + columns, dtype=x.dtype)
-    except RuntimeError as error:
-        pytest.skip(f"cannot reserve address space: {error}")
-    view = store.as_strided((rows, columns), (STRIDE, 1))
-    view.copy_(x)
-    return view
+ROWS = 4
 
 
 def test_gathered_logprob_forward_and_backward() -> None:
     logits, target, ones = torch.randn(ROWS, 40).bfloat16(), torch.randint(0, 40, (ROWS, 1)), torch.ones(ROWS)
-    far = apart(logits)
-    assert FAR * far.stride(0) > 2**31 > far.stride(0)
+    far = far_apart(logits)
     logprob, lse, entropy, _ = gathered_logprob_triton.launch_forward(far, target, ones, 0.0, True, False)
     exact = logits.double().log_softmax(-1)
     torch.testing.assert_close(logprob.double(), exact.gather(1, target), rtol=1e-6, atol=1e-6)
-    upstream, grad = torch.randn(ROWS, 1), apart(torch.full_like(logits, math.nan))
+    upstream, grad = torch.randn(ROWS, 1), far_apart(torch.full_like(logits, math.nan))
     gathered_logprob_triton.launch_backward(upstream, None, None, far, target, ones, logprob, lse, entropy, 0.0, grad)
     expected = upstream * (torch.zeros(ROWS, 40).scatter_(1, target, 1.0) - exact.exp())
     torch.testing.assert_close(grad.double(), expected.double(), rtol=2**-7, atol=1e-6)
@@ -53,7 +34,7 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     plan = choice.plan_for(hidden, weight, "trained", softcap=False)
     head, batch = Head(weight, None, 0.0, 1.0), Batch(hidden, ones, None)
     scan = gpu.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
-    stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
+    stored = far_apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
     sums = gpu.Running(ROWS, 0, torch.float32, hidden.device)
     kept = gpu.Kept(stored)
     scan.once(slice(0, ROWS), sums, kept)
@@ -66,7 +47,7 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
         stored, ones, total, 0, ROWS, vocabulary, stored.stride(0), **backward_kernels.COLUMN_SUM_TILE
     )
     torch.testing.assert_close(total.double(), stored.double().sum(0), rtol=1e-5, atol=0)
-    out = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
+    out = far_apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
     backward_kernels.logit_gradient_kernel[(ROWS, 1)](
         stored, ones, None, ones, ones, out, 0, vocabulary, stored.stride(0), out.stride(0), SOFTCAP=0.0,
         **backward_kernels.GRADIENT_TILE,
@@ -82,9 +63,9 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
 
 
-def test_hidden_states_and_heads_with_rows_far_apart() -> None:
+def test_hidden_states_and_heads_with_rows_far_far_apart() -> None:
     vocabulary, size = 4, 16
-    hidden, weight = apart(torch.randn(ROWS, size).bfloat16()), apart(torch.randn(vocabulary, size).bfloat16())
+    hidden, weight = far_apart(torch.randn(ROWS, size).bfloat16()), far_apart(torch.randn(vocabulary, size).bfloat16())
     pivot, ones = torch.arange(ROWS), torch.ones(ROWS)
     exact = hidden.double() @ weight.double().T
     head = Head(weight, None, 0.0, 1.0)

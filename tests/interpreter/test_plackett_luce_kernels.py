@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interpreting import far_apart
 from list_problems import Problem, best_first, check, compare, curvature, in_float64, make, padded, poisoned, results
 
 from mopl import _arguments, reference
@@ -496,18 +497,15 @@ def test_a_grid_of_several_rows(ties: str, monkeypatch: pytest.MonkeyPatch) -> N
     check_all(make(2, 2, 9, levels=4, ties=ties))
 
 
-@pytest.mark.parametrize(("path", "ties"), [("fused", "breslow"), ("pairs", "efron"), ("steps", "efron")])
-def test_offsets_past_2_to_the_31(path: str, ties: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two lists that are 2^31 labels apart in memory: the second one is read where it is."""
-    take_path(path, monkeypatch)
-    problem = make(2, 1, 5, levels=3, masked=False, ties=ties, label_dtype=torch.uint8)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_offsets_past_2_to_the_31(ordered: bool, ties: str) -> None:
+    problem = make(4, 1, 9, dtype=torch.bfloat16, levels=3, ties=ties, label_dtype=torch.uint8)
+    problem.options["order"] = best_first(problem).short() if ordered else None
     plain = results(plackett_luce_nll, problem)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # or it is all memory in use
-        far = torch.empty(2**31 + 8, dtype=torch.uint8).as_strided((2, 1, 5), (2**31, 5, 1))
-    far.copy_(problem.labels)
-    problem.labels = far
-    for name, value in results(plackett_luce_nll, problem).items():
+    far = {name: far_apart(getattr(problem, name)) for name in ("scores", "labels", "mask")}
+    if ordered:
+        problem.options["order"] = far_apart(problem.options["order"])
+    for name, value in results(plackett_luce_nll, replace(problem, **far)).items():
         assert torch.equal(value, plain[name]), name
 
 
