@@ -175,10 +175,11 @@ def test_backward_twice_gives_the_same_bits(path: str) -> None:
     assert torch.equal(first, torch.autograd.grad(loss.sum(), scores)[0])
 
 
-def test_offsets_past_2_to_the_31(path: str) -> None:
+@pytest.mark.parametrize("apart", [("scores", "labels", "mask"), ("beta",)], ids=" ".join)
+def test_offsets_past_2_to_the_31(apart: tuple[str, ...], path: str) -> None:
     problem = make(4, 1, 9, dtype=torch.bfloat16, levels=3, label_dtype=torch.uint8, normalize=True)
     plain = results(listwise_cross_entropy, problem)
-    far = {name: far_apart(getattr(problem, name)) for name in ("scores", "labels", "mask")}
+    far = {name: far_apart(getattr(problem, name)) for name in apart}
     for name, value in results(listwise_cross_entropy, replace(problem, **far)).items():
         assert torch.equal(value, plain[name]), name
 

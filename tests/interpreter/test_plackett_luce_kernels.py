@@ -497,15 +497,17 @@ def test_a_grid_of_several_rows(ties: str, monkeypatch: pytest.MonkeyPatch) -> N
     check_all(make(2, 2, 9, levels=4, ties=ties))
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-def test_offsets_past_2_to_the_31(ordered: bool, ties: str) -> None:
+@pytest.mark.parametrize("apart", [("scores", "labels", "mask"), ("order",), ("beta",)], ids=" ".join)
+def test_offsets_past_2_to_the_31(apart: tuple[str, ...], ties: str) -> None:
     problem = make(4, 1, 9, dtype=torch.bfloat16, levels=3, ties=ties, label_dtype=torch.uint8)
-    problem.options["order"] = best_first(problem).short() if ordered else None
+    order = best_first(problem).short() if "order" in apart else None
+    problem.options["order"] = order
     plain = results(plackett_luce_nll, problem)
-    far = {name: far_apart(getattr(problem, name)) for name in ("scores", "labels", "mask")}
-    if ordered:
-        problem.options["order"] = far_apart(problem.options["order"])
-    for name, value in results(plackett_luce_nll, replace(problem, **far)).items():
+    if order is None:
+        problem = replace(problem, **{name: far_apart(getattr(problem, name)) for name in apart})
+    else:
+        problem.options["order"] = far_apart(order)
+    for name, value in results(plackett_luce_nll, problem).items():
         assert torch.equal(value, plain[name]), name
 
 
