@@ -384,12 +384,54 @@ def test_hh_transcripts_become_messages_and_the_last_turns_are_the_responses():
         load_preferences([{"chosen": start + " A b.", "rejected": start + " "}])
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("written", ["", "\n\nHuman: hi\n\nAssistant:"])
-def test_hh_transcripts_with_a_prompt_of_their_own_have_the_responses_of_those_without(written):
+def test_hh_transcripts_with_a_prompt_of_their_own_have_the_responses_of_those_without(written, newline):
     """Those of a prompt column begin with the space of the notation, which no model writes."""
     row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": f"{written} A b.", "rejected": f"{written} A c."}
-    item = only([row])
+    item = only([{name: text.replace("\n", newline) for name, text in row.items()}])
     assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ("A b.", "A c.")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["hi", "more", "Human:  hi ", "\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: a\n\nHuman: more"],
+)
+def test_hh_transcripts_are_not_responses_where_they_hold_the_prompt(prompt):
+    start = "\n\nHuman: hi\n\nAssistant: a\n\nHuman: more\n\nAssistant:"
+    item = only([{"prompt": prompt, "chosen": f"{start} b", "rejected": f"{start} c"}])
+    assert [message["content"] for message in item.prompt] == ["hi", "a", "more"] and item.responses == ("b", "c")
+
+
+def test_a_prompt_in_the_notation_of_hh_is_written_in_messages_whatever_the_responses_are():
+    item = only([{"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": [GOOD], "rejected": [BAD]}])
+    assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ((GOOD,), (BAD,))
+
+
+HUMAN = "\n\nHuman: hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": HUMAN, "chosen": f"{HUMAN} a", "rejected": " b"},
+        {"prompt": HUMAN, "chosen": " a", "rejected": f"{HUMAN} b"},
+        {"prompt": HUMAN, "chosen": f"{HUMAN} a", "rejected": "\n\nHuman: bye\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: bye\n\nAssistant:", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"},
+        {"prompt": "\n\nHuman: h", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"},
+        {"prompt": "hi", "chosen": f"{HUMAN} a", "rejected": "b"},
+    ],
+)
+def test_hh_transcripts_of_another_prompt_are_refused(row):
+    with pytest.raises(DataError, match=r"prompt beside conversations .row 1: chosen and rejected hold"):
+        load_preferences([row])
+
+
+def test_a_response_that_writes_a_dialogue_is_a_response():
+    row = {"prompt": "Write a dialogue.", "chosen": f"{HUMAN} a", "rejected": "\n\nHuman: bye\n\nAssistant: b"}
+    assert only([row]).responses == (row["chosen"], row["rejected"])
+    row["rejected"] = f"{HUMAN} b"
+    assert only([row]).responses == (row["chosen"], row["rejected"])
 
 
 def test_hh_conversations_that_part_earlier_answer_with_the_rest_of_the_conversation():
@@ -414,6 +456,7 @@ def test_hh_conversations_that_part_earlier_answer_with_the_rest_of_the_conversa
         ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi!"}, "Hi", ("Hi you", "Hi!")),
         ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
         ({"prompt": "as text too", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
+        ({"prompt": USER, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
     ],
 )
 def test_every_preference_format_of_trl_is_read(row, prompt, responses):
@@ -446,6 +489,9 @@ def test_conversational_pairs_agree_with_trl(style):
             {"prompt": [{"role": "system", "content": "s"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             "prompt beside conversations",
         ),
+        ({"prompt": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt beside conversations"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER, BAD]}, "no common prompt"),
+        ({"prompt": "hi", "chosen": [GOOD], "rejected": [USER, BAD]}, "no common prompt"),
         ({"chosen": ["a"], "rejected": ["b"], "prompt": "q"}, r"wrong structure \(row 1: not a row of pairs"),
     ],
 )
