@@ -113,14 +113,14 @@ def is_repeated(prompt: Any, pair: Sequence[Any]) -> bool:
     asked, talks = transcript(prompt), [_turns_of(text) for text in pair]
     if isinstance(asked, str):  # as it stands, it is what the user says in one of the turns
         holds = [{"role": "user", "content": asked.strip()} in talk[:-1] for talk in talks]
-        alike = False  # a response may well write a dialogue
+        alike = False  # they may well be responses that write a dialogue
     else:
         cut = asked[-1]["role"] == "assistant"  # within an answer, with which the responses go on
         holds = [
             talk[: len(asked)] == asked or (cut and len(talk) > 0 and text.lstrip().startswith(prompt.strip()))
             for talk, text in zip(talks, pair, strict=True)
         ]
-        alike = all(talks) and talks[0][0] == talks[1][0]
+        alike = all(talks) and (talks[0][0] == talks[1][0] or min(map(len, talks)) > 1)
     if not all(holds) and (any(holds) or alike):
         raise RowError(
             "prompt beside conversations",

@@ -419,6 +419,8 @@ HUMAN = "\n\nHuman: hi\n\nAssistant:"
         {"prompt": HUMAN, "chosen": f"{HUMAN} a", "rejected": "\n\nHuman: bye\n\nAssistant: b"},
         {"prompt": "\n\nHuman: bye\n\nAssistant:", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"},
         {"prompt": "\n\nHuman: h", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"},
+        {"prompt": "\n\nHuman: h", "chosen": f"{HUMAN} a", "rejected": "\n\nHuman: bye\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: bye\n\nAssistant:", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN}"},
         {"prompt": "hi", "chosen": f"{HUMAN} a", "rejected": "b"},
     ],
 )
