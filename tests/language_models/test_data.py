@@ -403,6 +403,12 @@ def test_hh_transcripts_are_not_responses_where_they_hold_the_prompt(prompt):
     assert [message["content"] for message in item.prompt] == ["hi", "a", "more"] and item.responses == ("b", "c")
 
 
+def test_hh_responses_that_go_on_with_the_answer_that_the_prompt_begins_are_whole_answers():
+    start = "\n\nHuman: hi\n\nAssistant: Well,"
+    item = only([{"prompt": start, "chosen": f"{start} b", "rejected": f"{start} c"}])
+    assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ("Well, b", "Well, c")
+
+
 def test_a_prompt_in_the_notation_of_hh_is_written_in_messages_whatever_the_responses_are():
     item = only([{"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": [GOOD], "rejected": [BAD]}])
     assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ((GOOD,), (BAD,))
