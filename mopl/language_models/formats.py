@@ -87,6 +87,19 @@ def unread_column(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> 
     return None
 
 
+def without_gaps(value: Any, within: bool = False) -> Any:
+    """Return a row of a table without the None that stand in tool calls where those of other rows have a key.
+
+    Args:
+        value: the row, or a part of it.
+        within: whether the part lies in tool calls.
+    """
+    if isinstance(value, Mapping):
+        kept = {key: part for key, part in value.items() if part is not None or not within}
+        return {key: without_gaps(part, within or key == "tool_calls") for key, part in kept.items()}
+    return [without_gaps(part, within) for part in value] if isinstance(value, list) else value
+
+
 # ---------------------------------------------------------------- mopl's own
 
 

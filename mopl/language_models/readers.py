@@ -30,10 +30,7 @@ FORMATS: dict[str, Format] = {
             about="PKU-Alignment/PKU-SafeRLHF",
         ),
         Format(
-            "ultrafeedback",
-            ("instruction", "completions"),
-            formats.parse_ultrafeedback,
-            about="openbmb/UltraFeedback",
+            "ultrafeedback", ("instruction", "completions"), formats.parse_ultrafeedback, about="openbmb/UltraFeedback"
         ),
         Format(
             "distilabel", ("instruction", "generations", "ratings"), formats.parse_generations, about="argilla's lists"
@@ -230,6 +227,8 @@ _ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".gz")
 
 
 def _numbered(rows: Iterable[Row]) -> Iterator[Placed]:
+    if hasattr(rows, "column_names"):  # a table of `datasets`
+        rows = map(formats.without_gaps, rows)
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 

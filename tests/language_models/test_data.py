@@ -341,6 +341,25 @@ def test_nectar_ranks_become_labels_with_the_last_answer_at_one():
         load_preferences([{"prompt": "q", "answers": answers}])
 
 
+def test_tool_calls_of_a_table_have_the_arguments_of_their_own_row(tmp_path):
+    """A table has one structure for all rows: None stands where another row's call has an argument."""
+    datasets = pytest.importorskip("datasets")
+    rows = []
+    for arguments in ({"city": "Rome"}, {"days": 2}):
+        call = {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+        }
+        rows.append({"prompt": [USER, call, {"role": "tool", "content": "r"}], "chosen": [GOOD], "rejected": [BAD]})
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "a.parquet")
+    expected = load_preferences(rows)
+    assert load_preferences(table).fingerprint() == expected.fingerprint()
+    assert load_preferences(tmp_path / "a.parquet", cache_dir=tmp_path / "c").fingerprint() == expected.fingerprint()
+    said = json.loads(json.dumps(rows).replace('"city": "Rome"', '"city": null'))  # of no table: it is meant
+    assert load_preferences(said)[0].prompt[1]["tool_calls"][0]["function"]["arguments"] == {"city": None}
+
+
 def message(id, text, role, rank=None, parent=None, **more):
     return {"message_id": id, "parent_id": parent, "text": text, "role": role, "rank": rank, **more}
 

@@ -566,6 +566,7 @@ def test_a_function_that_takes_anything_is_not_guessed_at():
         lambda texts: [1.0],
         lambda prompts, texts: [1.0],
         lambda query, response: [1.0],
+        lambda prompts, answers: [1.0],
         lambda messages, texts: [1.0],
         lambda completions, answer, **_: [1.0],
     ],
