@@ -104,8 +104,8 @@ class FunctionReward:
     Args:
         function: `(texts, prompts) -> B numbers`, a tensor or a sequence; or in TRL's form, `(prompts, completions,
             **kwargs)` or `(completions, **kwargs)`, called by these names, where None is a missing value and
-            completions are messages where the prompt is. It is in TRL's form if it has an argument `completions` and
-            needs no other than these two: `(texts, prompts, completions=None)` is not.
+            completions are messages where the prompt is, lists both. It is in TRL's form if it has an argument
+            `completions` and needs no other than these two: `(texts, prompts, completions=None)` is not.
         name: of the reward.
         maximise: whether higher values are better.
         cacheable: whether the function gives the same text the same value every time.
@@ -139,7 +139,8 @@ class FunctionReward:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for text, prompt in zip(texts, prompts, strict=True)
         ]
-        given = {"prompts": list(prompts), "completions": said}
+        asked = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        given = {"prompts": asked, "completions": said}
         values = function(**{name: given[name] for name in self._keywords})
         missing = math.nan
         return torch.as_tensor([missing if value is None else value for value in values], dtype=torch.float32)

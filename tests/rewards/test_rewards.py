@@ -522,6 +522,12 @@ def test_functions_in_the_form_of_trl_get_prompts_and_completions_by_name():
     chats = [[{"role": "user", "content": "x"}], "x"]
     assert Rewards([FunctionReward(of_messages, "said")])(["four", "text"], chats)[:, 0].tolist() == [4.0, -1.0]
 
+    def of_lists(prompts, completions, **_):  # as TRL has messages, while mopl reads them into tuples
+        return [float(isinstance(p, list) and isinstance(c, list)) for p, c in zip(prompts, completions, strict=True)]
+
+    chats = [({"role": "user", "content": "x"},), "x"]
+    assert Rewards([FunctionReward(of_lists, "lists")])(["four", "text"], chats)[:, 0].tolist() == [1.0, 0.0]
+
 
 @pytest.mark.parametrize(
     "function",
