@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +132,19 @@ def _prompt_rows(path: Path) -> Iterator[Placed | None]:
             yield place, row
             continue
         entry = format_of(row) if isinstance(row, dict) else None
-        if entry is not None and ("prompt" not in row or isinstance(row["prompt"], dict)):
+        if entry is not None and _asks_elsewhere(row, entry):
             yield None
             continue
         try:
             yield place, _prompt_of(row, entry)
         except RowError as error:
             yield place, error
+
+
+def _asks_elsewhere(row: Mapping[str, Any], entry: Format) -> bool:
+    """Say whether the reader of a format finds the prompt in another column than `prompt`, or inside of this one."""
+    read = row.get("prompt") is not None if entry.name == "pairs" else "prompt" in entry.columns
+    return not read or isinstance(row["prompt"], dict) or entry.name == "oasst-trees"
 
 
 def _prompt_of(row: Any, entry: Format | None) -> Text:

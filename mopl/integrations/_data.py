@@ -209,8 +209,7 @@ def is_pair(row: Mapping[str, Any]) -> bool:
 def _pair(row: Mapping[str, Any], objectives: Sequence[str] | None) -> PreferenceList:
     if error := formats.unread_column(row):
         raise error
-    found: Any = next(formats.parse_pair(row))
-    return dataclasses.replace(found, labels=labels_of_row(row, objectives))
+    return dataclasses.replace(formats.pair_of(row), labels=labels_of_row(row, objectives))
 
 
 def drafts_of(

@@ -50,7 +50,7 @@ def read_messages(value: Sequence[Any], where: str) -> tuple[Message, ...]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RowError("not a message", f"{where} holds {_short(message)}, which has no role and content")
         message = {key: entry for key, entry in message.items() if entry is not None}
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        if not isinstance(message.get("content", "" if message.get("tool_calls") else None), str):
             raise RowError("not a message", f"{where} holds {_short(message)}, whose content is no text")
         messages.append(message)
     return tuple(messages)

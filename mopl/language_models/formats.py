@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopl._lines import TextError, parse_json
-from mopl._words import last_boundary
 from mopl.language_models._list_fields import Text, read_text
+from mopl.language_models._pairs import Row, is_repeated, make_list, pair_of, transcript
 from mopl.language_models.data import PreferenceList, RowError
 
-Row = Mapping[str, Any]
 Draft = PreferenceList | RowError
-make_list: Callable[..., PreferenceList] = PreferenceList  # which takes sequences of any kind
 
 ULTRAFEEDBACK = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -87,6 +85,19 @@ def unread_column(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> 
                 f"{column} is part of what a model sees and is not read here; {BESIDE_THE_TEXT[column]}",
             )
     return None
+
+
+def without_gaps(value: Any, within: bool = False) -> Any:
+    """Return a row of a table without the None that stand in tool calls where those of other rows have a key.
+
+    Args:
+        value: the row, or a part of it.
+        within: whether the part lies in tool calls.
+    """
+    if isinstance(value, Mapping):
+        kept = {key: part for key, part in value.items() if part is not None or not within}
+        return {key: without_gaps(part, within or key == "tool_calls") for key, part in kept.items()}
+    return [without_gaps(part, within) for part in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- mopl's own
@@ -250,83 +261,6 @@ def parse_oasst_messages(rows: Sequence[Row]) -> Iterator[Draft]:
 # ---------------------------------------------------------------- pairs
 
 
-def transcript(text: Any) -> Any:
-    """Turn Anthropic's notation into messages, without the empty turn that the assistant is to fill; else return it."""
-    if not isinstance(text, str) or not text.lstrip().startswith("Human:"):
-        return text
-    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text.lstrip())[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    messages = [
-        {"role": roles[role], "content": content.strip()}
-        for role, content in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-    if messages[-1] == {"role": "assistant", "content": ""}:
-        messages.pop()
-    return messages
-
-
-def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
-    """Anthropic HH, and every preference data set of TRL: chosen and rejected, as texts or messages.
-
-    Without a prompt, or with whole conversations in chosen and rejected, the prompt is what both begin with: whole
-    messages, and in plain text whole words (the space before the first different word goes to the responses); whole
-    characters, where both begin without a space in a script that has none.
-    """
-    prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
-    labels = {objective: (1.0, 0.0)}
-    for what, value in zip(("chosen", "rejected"), pair, strict=True):
-        if value is None or len(value) == 0:
-            raise RowError("empty response", f"{what} has no text")
-    if pair[0] == pair[1]:
-        raise RowError("equal responses", "chosen and rejected are the same")
-    if isinstance(prompt, str) and transcript(prompt) is not prompt:
-        if all(isinstance(text, str) and text.lstrip().startswith(prompt.strip()) for text in pair):
-            prompt = None  # it is written in both
-    if prompt is None and all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in pair):
-        # Split by hand and not by `transcript`: an empty last turn is an empty response, not a turn to be filled.
-        marker = "\n\nAssistant:"
-        ends = [text.rfind(marker) for text in pair]
-        if min(ends) > 0 and pair[0][: ends[0]] == pair[1][: ends[1]]:
-            replies = [text[end + len(marker) :].strip() for text, end in zip(pair, ends, strict=True)]
-            yield make_list(transcript(pair[0][: ends[0]]), replies, labels)
-            return
-        pair = [transcript(text) for text in pair]
-    if isinstance(pair[0], str) != isinstance(pair[1], str):
-        raise RowError("wrong type", "one of chosen and rejected is text and the other is messages")
-    if isinstance(pair[0], str):
-        if prompt is None:
-            prompt, pair = _common_words(*pair)
-        elif (turns := transcript(prompt)) is not prompt:
-            # The notation, and no model, writes a space in front of what the assistant says.
-            prompt, pair = turns, [text.strip() for text in pair]
-        yield make_list(prompt, pair, labels)
-        return
-    if prompt is None or pair[0][0].get("role") != "assistant":
-        common = 0
-        # The last message of each is always a response, even where one conversation is the beginning of the other.
-        while common < min(map(len, pair)) - 1 and pair[0][common] == pair[1][common]:
-            common += 1
-        if common == 0:
-            raise RowError("no common prompt", "chosen and rejected differ from their first message on")
-        if _says_more(prompt, pair[0][:common]):
-            raise RowError(
-                "prompt beside conversations",
-                "chosen and rejected are whole conversations, and the prompt has messages that they lack; begin both "
-                "with these, or leave the column out",
-            )
-        prompt, pair = pair[0][:common], [messages[common:] for messages in pair]
-        if any(messages[0].get("role") != "assistant" for messages in pair):
-            raise RowError("no common prompt", f"they part at message {common}, which is not the assistant's")
-    yield make_list(prompt, pair, labels)
-
-
-def _says_more(prompt: Any, messages: Sequence[Row]) -> bool:
-    """Say whether a prompt has messages that a conversation has not; a text is some rendering of it."""
-    have = [(message.get("role"), message.get("content")) for message in messages]
-    asked = () if prompt is None or isinstance(prompt, str) else prompt
-    return any((message.get("role"), message.get("content")) not in have for message in asked)
-
-
 def prompt_of(row: Row, name: str | None = None) -> Text:
     """Return the prompt of a row that has this column, as the reader of its format has it, whatever the responses are.
 
@@ -338,29 +272,14 @@ def prompt_of(row: Row, name: str | None = None) -> Text:
         RowError: if it is no prompt, or is in the responses, too, and these cannot be read.
     """
     prompt = row["prompt"]
+    beside = name == "pairs" and isinstance(row["chosen"], str)
     if name in ("helpsteer2", "helpsteer2-preference"):
         prompt = _turns_of(prompt)
-    elif name == "nectar" or (name == "pairs" and isinstance(row["chosen"], str)):
+    elif name == "nectar" or (beside and not is_repeated(prompt, (row["chosen"], row["rejected"]))):
         prompt = transcript(prompt)
     elif name == "pairs":
-        try:
-            draft = next(parse_pair(row))
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise RowError("wrong structure", f"not a row of pairs ({type(error).__name__}: {error})") from None
-        prompt = draft.prompt if isinstance(draft, PreferenceList) else prompt
+        prompt = pair_of(row).prompt
     return read_text(prompt, "prompt")
-
-
-def _common_words(chosen: str, rejected: str) -> tuple[str, list[str]]:
-    common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
-    cut = max((match.start() for match in re.finditer(r"\s+", chosen[:common])), default=0)
-    if cut == 0:
-        cut = last_boundary(chosen[:common], (chosen[common:], rejected[common:]))
-    if cut == 0:
-        raise RowError("no common prompt", "chosen and rejected share no first word, and the row has no prompt")
-    return chosen[:cut], [chosen[cut:], rejected[cut:]]
 
 
 _SHAREGPT_ROLES = {

@@ -12,7 +12,7 @@ from typing import Any
 from mopl._extras import require
 from mopl._hub import find
 from mopl._lines import TextError, byte_lines, decode, json_array, parse_json, read_lines, read_text
-from mopl.language_models import formats
+from mopl.language_models import _pairs, formats
 from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.language_models.formats import Format, Row
 
@@ -30,10 +30,7 @@ FORMATS: dict[str, Format] = {
             about="PKU-Alignment/PKU-SafeRLHF",
         ),
         Format(
-            "ultrafeedback",
-            ("instruction", "completions"),
-            formats.parse_ultrafeedback,
-            about="openbmb/UltraFeedback",
+            "ultrafeedback", ("instruction", "completions"), formats.parse_ultrafeedback, about="openbmb/UltraFeedback"
         ),
         Format(
             "distilabel", ("instruction", "generations", "ratings"), formats.parse_generations, about="argilla's lists"
@@ -89,7 +86,7 @@ FORMATS: dict[str, Format] = {
             formats.parse_alpaca_pair,
             about="LLaMA-Factory, Alpaca style",
         ),
-        Format("pairs", ("chosen", "rejected"), formats.parse_pair, about="Anthropic/hh-rlhf, TRL preference"),
+        Format("pairs", ("chosen", "rejected"), _pairs.parse_pair, about="Anthropic/hh-rlhf, TRL preference"),
     )
 }
 
@@ -230,6 +227,8 @@ _ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".gz")
 
 
 def _numbered(rows: Iterable[Row]) -> Iterator[Placed]:
+    if hasattr(rows, "column_names"):  # a table of `datasets`
+        rows = map(formats.without_gaps, rows)
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 

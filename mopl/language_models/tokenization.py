@@ -203,11 +203,13 @@ class ListTokenizer:
             prompt: a text or chat messages.
 
         Raises:
-            RowError: if it is no Unicode text, a message has no text, messages cannot be written in plain text, or the
-                chat template refuses them.
+            RowError: if it is no Unicode text, there is no message, or one without a text, messages cannot be written
+                in plain text, or the chat template refuses them.
         """
         if not isinstance(prompt, str):
             prompt = read_messages(prompt, "the prompt")
+            if not prompt:
+                raise RowError("empty prompt", "the prompt has no messages")
         tokens = self._encode(self._opening(prompt), first=True)
         return tokens if self.chat else np.concatenate([self._front, tokens])
 

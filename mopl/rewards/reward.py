@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
 from mopl._counted import counted, there_are
@@ -30,6 +30,9 @@ from mopl._lines import lone_surrogate
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or chat messages
+# By these names a function has prompts in the first place, or texts in the second, whatever it is given there.
+PROMPTS = ("prompt", "prompts", "query", "queries", "question", "questions")
+TEXTS = ("text", "texts", "response", "responses", "completion")
 SHOWN = 3  # examples of a failure that a report keeps
 
 
@@ -101,14 +104,15 @@ class FunctionReward:
     Args:
         function: `(texts, prompts) -> B numbers`, a tensor or a sequence; or in TRL's form, `(prompts, completions,
             **kwargs)` or `(completions, **kwargs)`, called by these names, where None is a missing value and
-            completions are messages where the prompt is. It is in TRL's form if it has an argument `completions` and
-            needs no other than these two: `(texts, prompts, completions=None)` is not.
+            completions are messages where the prompt is, lists both. It is in TRL's form if it has an argument
+            `completions` and needs no other than these two: `(texts, prompts, completions=None)` is not.
         name: of the reward.
         maximise: whether higher values are better.
         cacheable: whether the function gives the same text the same value every time.
 
     Raises:
-        ValueError: If it is no function, or one that can be called in neither form.
+        ValueError: If it is no function, one that can be called in neither form, or one that takes anything,
+            `(*args, **kwargs)`, as what a decorator without `functools.wraps` returns does.
     """
 
     def __init__(
@@ -135,7 +139,8 @@ class FunctionReward:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for text, prompt in zip(texts, prompts, strict=True)
         ]
-        given = {"prompts": list(prompts), "completions": said}
+        asked = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        given = {"prompts": asked, "completions": said}
         values = function(**{name: given[name] for name in self._keywords})
         missing = math.nan
         return torch.as_tensor([missing if value is None else value for value in values], dtype=torch.float32)
@@ -146,15 +151,23 @@ def _keywords_of(function: Callable[..., Any], name: str) -> tuple[str, ...]:
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise ValueError(f"the reward {name} is an async function, which is not awaited here; pass a plain one")
     try:
-        signature = inspect.signature(function)
+        # The call of a module takes anything, for its `forward`.
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except (TypeError, ValueError):  # nothing is known of some functions in C
         return ()
     kinds, both = signature.parameters, ("prompts", "completions")
+    if {each.kind for each in kinds.values()} == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        raise ValueError(
+            f"the reward {name} takes ({', '.join(map(str, kinds.values()))}), from which it cannot be told whether it "
+            "wants (texts, prompts) or TRL's (prompts, completions); name the arguments, or put "
+            "functools.wraps(function) on what a decorator returns"
+        )
     by_place = _binds(signature, 2)
     named = "completions" in kinds or not by_place
     keywords = next((names for names in (both, both[1:]) if named and _binds(signature, 0, names)), ())
     needed = "completions" in kinds and kinds["completions"].default is inspect.Parameter.empty
-    if not keywords and (not by_place or needed or next(iter(kinds), "") in ("prompt", "prompts")):
+    first, second = [*kinds, "", ""][:2]
+    if not keywords and (not by_place or needed or first in PROMPTS or second in TEXTS):
         raise ValueError(
             f"the reward {name} takes ({', '.join(map(str, kinds.values()))}) but must be a function of (texts, "
             "prompts), in this order, or in TRL's form of (prompts, completions, **kwargs), without other columns"

@@ -71,7 +71,7 @@ def test_prompts_are_read_from_text_json_lines_and_preference_data(tmp_path):
 def test_prompts_of_preference_data_are_those_that_its_reader_gives_in_every_kind_of_file(tmp_path):
     said = [[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": a}]
             for a in "xy"]  # fmt: skip
-    turn = "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nb"
+    turn, human = "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nb", "\n\nHuman: q\n\nAssistant:"
     replies = [{"role": "assistant", "text": text, "rank": rank} for rank, text in enumerate("xy")]
     rows = [
         {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": [{"answer": a, "rank": r} for r, a in enumerate("xy")]},
@@ -79,6 +79,17 @@ def test_prompts_of_preference_data_are_those_that_its_reader_gives_in_every_kin
         {"prompt": "q", "chosen": said[0], "rejected": said[1]},
         {"prompt": turn, "response_1": "x", "response_2": "y", "preference_strength": 1},
         {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "q", "replies": replies}},
+        # The conversations go on where the prompt ends, or the column holds nothing.
+        {
+            "prompt": human,
+            "chosen": f"{human} a\n\nHuman: b\n\nAssistant: x",
+            "rejected": f"{human} a\n\nHuman: b\n\nAssistant: y",
+        },
+        {"prompt": None, "chosen": said[0], "rejected": said[1]},
+        # The prompt of these formats stands in another column than `prompt`, or inside of it as JSON.
+        {"prompt": "z", "instruction": "q", "chosen": "x", "rejected": "y"},
+        {"prompt": "z", "context": said[0][:2], "response1": "x", "response2": "y", "overall_preference": 1},
+        {"message_tree_id": "1", "prompt": json.dumps({"role": "prompter", "text": "q", "replies": replies})},
     ]
     for row in rows:
         both = json.dumps(row), json.dumps(row).replace("q", "p")  # keys such as "prompt" have no q
@@ -92,12 +103,25 @@ def test_prompts_of_preference_data_are_those_that_its_reader_gives_in_every_kin
         '{"prompt": [{"role": "user", "content": "q", "tool_calls": null}]}\n{"prompt": "p"}'
     )
     assert read_prompts(str(tmp_path / "b.jsonl"))[0] == ({"role": "user", "content": "q"},)
+    # One response a row is no list, but its prompt is a prompt.
+    scores = dict.fromkeys(("helpfulness", "correctness", "coherence", "complexity", "verbosity"), 1)
+    (tmp_path / "c.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": p, "response": "x", **scores}) for p in (turn, "p"))
+    )
+    assert [message["content"] for message in read_prompts(str(tmp_path / "c.jsonl"))[0]] == ["q", "a", "b"]
+    calls = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in (calls, "p")))
+    assert read_prompts(str(tmp_path / "d.jsonl"))[0] == tuple(calls)
 
 
-@pytest.mark.parametrize("content", [None, 7, [{"type": "text", "text": "w1"}]])
-def test_a_message_whose_content_is_no_text_is_refused_before_a_template_writes_it(tmp_path, content):
+PARTS = [{"type": "text", "text": "w1"}]
+CALLS = {"tool_calls": [{"name": "f"}]}
+
+
+@pytest.mark.parametrize(("content", "calls"), [(None, {}), (7, {}), (PARTS, {}), (7, CALLS), (PARTS, CALLS)])
+def test_a_message_whose_content_is_no_text_is_refused_before_a_template_writes_it(tmp_path, content, calls):
     """It would stand there as Python shows it: as "None", or with the brackets of a list."""
-    messages = [{"role": "user", "content": content}]
+    messages = [{"role": "user", "content": content, **calls}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": each}) for each in ("w1", messages, "w2")))
     with pytest.raises(DataError, match=r"not a message \(line 2: prompt holds .*, whose content is no text"):
         read_prompts(str(tmp_path / "a.jsonl"))
@@ -106,6 +130,10 @@ def test_a_message_whose_content_is_no_text_is_refused_before_a_template_writes_
         encoder.prompt_tokens(messages)
     calls = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
     assert len(encoder.prompt_tokens(calls))
+    for template in (True, False):
+        encoder = ListTokenizer(tokenizer(chat=template), max_length=None, append_eos=False)
+        with pytest.raises(RowError, match="the prompt has no messages"):
+            encoder.prompt_tokens([])
 
 
 @pytest.mark.parametrize(
@@ -117,6 +145,7 @@ def test_a_message_whose_content_is_no_text_is_refused_before_a_template_writes_
         ({"prompt": 5}, "neither a text nor a list of messages but 5"),
         ({"prompt": [{"role": "user"}]}, "message 1 has no role or no content"),
         (["two"], "is a list and not an object"),
+        (2, "is a int and not an object"),
     ],
 )
 @pytest.mark.parametrize("place", [1, 3])
@@ -127,6 +156,13 @@ def test_a_row_without_a_prompt_is_named_with_what_is_wrong(tmp_path, row, wrong
     with pytest.raises(ValueError, match=rf"(?s)a\.jsonl: .*line {place}: it .*{wrong}; each line must be") as error:
         read_prompts(str(tmp_path / "a.jsonl"))
     assert "nectar" not in str(error.value)
+
+
+def test_a_row_of_pairs_of_another_shape_is_named(tmp_path):
+    rows = [{"prompt": "one"}, {"prompt": "two", "chosen": [5], "rejected": [6]}, {"prompt": "three"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(each) for each in rows))
+    with pytest.raises(DataError, match=r"wrong structure \(line 2: not a row of pairs"):
+        read_prompts(str(tmp_path / "a.jsonl"))
 
 
 def test_a_step_is_the_same_however_often_it_is_asked_for_and_however_it_is_cut():

@@ -862,6 +862,8 @@ def test_other_mistakes_say_the_remedy(tmp_path):
         make(tmp_path / "none").train(resume_from_checkpoint=str(tmp_path))
     with pytest.raises(DataError, match="no label column"):
         examples_of(ROWS, processing_class=byte_tokenizer(), objectives=("brief",))
+    with pytest.raises(DataError, match=r"wrong structure \(row 2: not a row of pairs"):
+        examples_of([ROWS[0], {**ROWS[0], "chosen": 5}], processing_class=byte_tokenizer())
 
 
 def test_arguments_come_from_a_command_line(tmp_path):

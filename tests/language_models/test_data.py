@@ -341,6 +341,25 @@ def test_nectar_ranks_become_labels_with_the_last_answer_at_one():
         load_preferences([{"prompt": "q", "answers": answers}])
 
 
+def test_tool_calls_of_a_table_have_the_arguments_of_their_own_row(tmp_path):
+    """A table has one structure for all rows: None stands where another row's call has an argument."""
+    datasets = pytest.importorskip("datasets")
+    rows = []
+    for arguments in ({"city": "Rome"}, {"days": 2}):
+        call = {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+        }
+        rows.append({"prompt": [USER, call, {"role": "tool", "content": "r"}], "chosen": [GOOD], "rejected": [BAD]})
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "a.parquet")
+    expected = load_preferences(rows)
+    assert load_preferences(table).fingerprint() == expected.fingerprint()
+    assert load_preferences(tmp_path / "a.parquet", cache_dir=tmp_path / "c").fingerprint() == expected.fingerprint()
+    said = json.loads(json.dumps(rows).replace('"city": "Rome"', '"city": null'))  # of no table: it is meant
+    assert load_preferences(said)[0].prompt[1]["tool_calls"][0]["function"]["arguments"] == {"city": None}
+
+
 def message(id, text, role, rank=None, parent=None, **more):
     return {"message_id": id, "parent_id": parent, "text": text, "role": role, "rank": rank, **more}
 
@@ -384,12 +403,62 @@ def test_hh_transcripts_become_messages_and_the_last_turns_are_the_responses():
         load_preferences([{"chosen": start + " A b.", "rejected": start + " "}])
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("written", ["", "\n\nHuman: hi\n\nAssistant:"])
-def test_hh_transcripts_with_a_prompt_of_their_own_have_the_responses_of_those_without(written):
+def test_hh_transcripts_with_a_prompt_of_their_own_have_the_responses_of_those_without(written, newline):
     """Those of a prompt column begin with the space of the notation, which no model writes."""
     row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": f"{written} A b.", "rejected": f"{written} A c."}
-    item = only([row])
+    item = only([{name: text.replace("\n", newline) for name, text in row.items()}])
     assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ("A b.", "A c.")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["hi", "more", "Human:  hi ", "\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: a\n\nHuman: more"],
+)
+def test_hh_transcripts_are_not_responses_where_they_hold_the_prompt(prompt):
+    start = "\n\nHuman: hi\n\nAssistant: a\n\nHuman: more\n\nAssistant:"
+    item = only([{"prompt": prompt, "chosen": f"{start} b", "rejected": f"{start} c"}])
+    assert [message["content"] for message in item.prompt] == ["hi", "a", "more"] and item.responses == ("b", "c")
+
+
+def test_hh_responses_that_go_on_with_the_answer_that_the_prompt_begins_are_whole_answers():
+    start = "\n\nHuman: hi\n\nAssistant: Well,"
+    item = only([{"prompt": start, "chosen": f"{start} b", "rejected": f"{start} c"}])
+    assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ("Well, b", "Well, c")
+
+
+def test_a_prompt_in_the_notation_of_hh_is_written_in_messages_whatever_the_responses_are():
+    item = only([{"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": [GOOD], "rejected": [BAD]}])
+    assert item.prompt == ({"role": "user", "content": "hi"},) and item.responses == ((GOOD,), (BAD,))
+
+
+HUMAN = "\n\nHuman: hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": HUMAN, "chosen": f"{HUMAN} a", "rejected": " b"},
+        {"prompt": HUMAN, "chosen": " a", "rejected": f"{HUMAN} b"},
+        {"prompt": HUMAN, "chosen": f"{HUMAN} a", "rejected": "\n\nHuman: bye\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: bye\n\nAssistant:", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"},
+        {"prompt": "\n\nHuman: h", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"},
+        {"prompt": "\n\nHuman: h", "chosen": f"{HUMAN} a", "rejected": "\n\nHuman: bye\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: bye\n\nAssistant:", "chosen": f"{HUMAN} a", "rejected": f"{HUMAN}"},
+        {"prompt": "hi", "chosen": f"{HUMAN} a", "rejected": "b"},
+    ],
+)
+def test_hh_transcripts_of_another_prompt_are_refused(row):
+    with pytest.raises(DataError, match=r"prompt beside conversations .row 1: chosen and rejected hold"):
+        load_preferences([row])
+
+
+def test_a_response_that_writes_a_dialogue_is_a_response():
+    row = {"prompt": "Write a dialogue.", "chosen": f"{HUMAN} a", "rejected": "\n\nHuman: bye\n\nAssistant: b"}
+    assert only([row]).responses == (row["chosen"], row["rejected"])
+    row["rejected"] = f"{HUMAN} b"
+    assert only([row]).responses == (row["chosen"], row["rejected"])
 
 
 def test_hh_conversations_that_part_earlier_answer_with_the_rest_of_the_conversation():
@@ -414,6 +483,7 @@ def test_hh_conversations_that_part_earlier_answer_with_the_rest_of_the_conversa
         ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi!"}, "Hi", ("Hi you", "Hi!")),
         ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
         ({"prompt": "as text too", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
+        ({"prompt": USER, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), ((GOOD,), (BAD,))),
     ],
 )
 def test_every_preference_format_of_trl_is_read(row, prompt, responses):
@@ -446,6 +516,9 @@ def test_conversational_pairs_agree_with_trl(style):
             {"prompt": [{"role": "system", "content": "s"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             "prompt beside conversations",
         ),
+        ({"prompt": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt beside conversations"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER, BAD]}, "no common prompt"),
+        ({"prompt": "hi", "chosen": [GOOD], "rejected": [USER, BAD]}, "no common prompt"),
         ({"chosen": ["a"], "rejected": ["b"], "prompt": "q"}, r"wrong structure \(row 1: not a row of pairs"),
     ],
 )

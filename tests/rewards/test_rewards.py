@@ -522,6 +522,12 @@ def test_functions_in_the_form_of_trl_get_prompts_and_completions_by_name():
     chats = [[{"role": "user", "content": "x"}], "x"]
     assert Rewards([FunctionReward(of_messages, "said")])(["four", "text"], chats)[:, 0].tolist() == [4.0, -1.0]
 
+    def of_lists(prompts, completions, **_):  # as TRL has messages, while mopl reads them into tuples
+        return [float(isinstance(p, list) and isinstance(c, list)) for p, c in zip(prompts, completions, strict=True)]
+
+    chats = [({"role": "user", "content": "x"},), "x"]
+    assert Rewards([FunctionReward(of_lists, "lists")])(["four", "text"], chats)[:, 0].tolist() == [1.0, 0.0]
+
 
 @pytest.mark.parametrize(
     "function",
@@ -537,8 +543,39 @@ def test_the_form_of_a_function_is_what_it_needs(function):
     assert Rewards([FunctionReward(function, "length")])(["a", "bcd"], ["prompt", "prompt"]).tolist() == [[1.0], [3.0]]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_module_and_what_a_decorator_keeps_are_called_in_their_own_form(wrapped):
+    class Length(torch.nn.Module):
+        def forward(self, prompts, completions, **_):
+            return [len(completion) for completion in completions]
+
+    class Own(torch.nn.Module):
+        def forward(self, texts, prompts):
+            return [len(text) for text in texts]
+
+    for module in (Length(), Own()):
+        function = torch.no_grad()(module.forward) if wrapped else module
+        assert Rewards([FunctionReward(function, "length")])(["a", "bc"], ["prompt", "p"]).tolist() == [[1.0], [2.0]]
+
+
+def test_a_function_that_takes_anything_is_not_guessed_at():
+    def decorated(function):
+        return lambda *args, **kwargs: function(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"the reward own takes \(\*args, \*\*kwargs\), from which .* functools.wraps"):
+        FunctionReward(decorated(lambda prompts, completions: [1.0]), "own")
+
+
 @pytest.mark.parametrize(
-    "function", [lambda texts: [1.0], lambda prompts, texts: [1.0], lambda completions, answer, **_: [1.0]]
+    "function",
+    [
+        lambda texts: [1.0],
+        lambda prompts, texts: [1.0],
+        lambda query, response: [1.0],
+        lambda prompts, answers: [1.0],
+        lambda messages, texts: [1.0],
+        lambda completions, answer, **_: [1.0],
+    ],
 )
 def test_functions_of_other_forms_are_refused_and_never_given_one_for_the_other(function):
     with pytest.raises(ValueError, match=r"the reward own takes \(.*must be a function of \(texts, prompts\), in this"):
