@@ -93,8 +93,12 @@ def examples_of(
     max_length: int | None = 1024,
     template: str = "auto",
     on_error: OnError = "raise",
+    table: bool = False,
 ) -> Examples:
-    """Turn what a trainer was given into lists of tokens; see `MultiObjectiveTrainer` for the arguments."""
+    """Turn what a trainer was given into lists of tokens; see `MultiObjectiveTrainer` for the arguments.
+
+    `table` says that rows in a list are of a table, as those of a stream may be.
+    """
     if isinstance(data, Examples):
         return data
     if isinstance(data, TokenizedData):
@@ -103,7 +107,7 @@ def examples_of(
                 f"objectives are {tuple(objectives)} but the tokenised data has {data.objectives}; name the same"
             )
         return Examples([Example(item) for item in data], data.objectives)
-    lists, beside = lists_of(data, objectives, on_error)
+    lists, beside = lists_of(data, objectives, on_error, table)
     if processing_class is None:
         raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
     how: Any = template
@@ -112,7 +116,7 @@ def examples_of(
 
 
 def lists_of(
-    data: Any, objectives: Sequence[str] | None, on_error: OnError
+    data: Any, objectives: Sequence[str] | None, on_error: OnError, table: bool = False
 ) -> tuple[PreferenceData, list[dict[str, Any]]]:
     """Return what a trainer was given as lists of texts, and what stands beside each: keywords of `Example`."""
     if isinstance(data, PreferenceData):
@@ -120,7 +124,7 @@ def lists_of(
     else:
         rows = _rows(data)
         if not isinstance(rows[0], PreferenceList):
-            return _read_rows(rows, objectives, on_error)
+            return _read_rows(rows, objectives, on_error, table or formats.is_table(rows))
         lists = PreferenceData(rows, objectives)
     return lists, [{} for _ in lists]
 
@@ -161,24 +165,25 @@ def _rows(data: Any) -> Sequence[Any]:
 
 
 def _read_rows(
-    rows: Sequence[Any], objectives: Sequence[str] | None, on_error: OnError
+    rows: Sequence[Any], objectives: Sequence[str] | None, on_error: OnError, table: bool
 ) -> tuple[PreferenceData, list[dict[str, Any]]]:
     """Read rows of a data set, and the columns that stand beside each list."""
     if not isinstance(rows[0], Mapping):
         raise TypeError(f"rows of the data set are {type(rows[0]).__name__} but must be dictionaries or PreferenceList")
+    written: Iterable[Any] = map(formats.without_gaps, rows) if table else rows
     if is_pair(rows[0]):
         report = ReadReport("rows", rows=len(rows))
-        drafts = drafts_of(rows, lambda row: _pair(row, objectives))
+        drafts = drafts_of(written, lambda row: _pair(row, objectives))
         lists = collect(drafts, report, objectives=objectives, on_error=on_error)
     else:
-        lists = load_preferences(rows, objectives=objectives, on_error=on_error)
+        lists = load_preferences(written, objectives=objectives, on_error=on_error)
     return lists, beside_of(rows, lists)
 
 
 def beside_of(rows: Sequence[Any], lists: PreferenceData) -> list[dict[str, Any]]:
     """Return what stands beside each list that rows made, as keywords of `Example`; raise where that is unknown."""
     # Rows of a table all have its columns; dictionaries in a list may have others than the first.
-    some = [rows[0]] if hasattr(rows, "column_names") else rows
+    some = [rows[0]] if formats.is_table(rows) else rows
     names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if any(name in row for row in some)]
     if not names:
         return [{} for _ in lists]

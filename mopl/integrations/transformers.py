@@ -66,6 +66,7 @@ from mopl.integrations._streams import ExampleStream, is_stream
 from mopl.integrations._trainer import ListTrainer, lengths_of
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.data import OnError
+from mopl.language_models.formats import is_table
 from mopl.language_models.models import disable_dropout
 
 __all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer", "ObjectiveArguments"]
@@ -263,7 +264,8 @@ class MultiObjectiveTrainer(ListTrainer):
 
     def _reader(self, data: Any) -> Callable[..., Examples]:
         """Return what turns data like these into lists of tokens, given them and `objectives`."""
-        return functools.partial(examples_of, processing_class=self._tokenizer, **self._reading)
+        how = {"processing_class": self._tokenizer, "table": is_table(data)}
+        return functools.partial(examples_of, **how, **self._reading)
 
     def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
         data = without_format(data)

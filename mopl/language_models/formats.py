@@ -87,6 +87,11 @@ def unread_column(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> 
     return None
 
 
+def is_table(rows: Any) -> bool:
+    """Say whether rows are those of `datasets`, which all have the same keys."""
+    return hasattr(rows, "column_names")
+
+
 def without_gaps(value: Any, within: bool = False) -> Any:
     """Return a row of a table without the None that stand in tool calls where those of other rows have a key.
 

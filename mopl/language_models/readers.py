@@ -227,7 +227,7 @@ _ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".gz")
 
 
 def _numbered(rows: Iterable[Row]) -> Iterator[Placed]:
-    if hasattr(rows, "column_names"):  # a table of `datasets`
+    if formats.is_table(rows):
         rows = map(formats.without_gaps, rows)
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 

@@ -189,3 +189,28 @@ def test_two_processes_share_a_stream(tmp_path):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in expected.items():
             assert float((found[name] - value).abs().max()) <= 1e-3 * float(value.abs().max()), name
+
+
+def test_tool_calls_of_a_table_are_read_without_what_other_rows_have(tmp_path, monkeypatch):
+    words = tiny.tokenizer(chat=True)
+    words.chat_template = (
+        "{% for m in messages %} {{ m.content or 'w' ~ (m.tool_calls[0].arguments | length) }}{% endfor %}"
+    )
+    monkeypatch.setattr(tiny, "tokenizer", lambda: words)
+    asked, said = (
+        {"role": "user", "content": "w20"},
+        [{"role": "assistant", "content": text} for text in ("w30", "w31")],
+    )
+    calls = [{"role": "assistant", "tool_calls": [{"arguments": call}]} for call in ({"a": "x"}, {"b": "y", "c": "z"})]
+    rows = [{"prompt": [asked, call], "chosen": [said[0]], "rejected": [said[1]]} for call in calls]
+    for made in (
+        rows,
+        [{"prompt": row["prompt"], "responses": said, "labels": {"preference": [1, 0]}} for row in rows],
+    ):
+        table = datasets.Dataset.from_list(made)
+        found = []
+        for data in (made, table, table.to_iterable_dataset()):
+            trainer = make(tmp_path, data, objectives=["preference"], model=tiny.build())
+            lists = getattr(trainer.train_dataset, "head", trainer.train_dataset).lists
+            found.append([each.tokens.prompt.tolist() for each in lists])
+        assert found[0][0] != found[0][1] and found[0] == found[1] == found[2]
