@@ -63,7 +63,7 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
 
 
-def test_hidden_states_and_heads_with_rows_far_far_apart() -> None:
+def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     vocabulary, size = 4, 16
     hidden, weight = far_apart(torch.randn(ROWS, size).bfloat16()), far_apart(torch.randn(vocabulary, size).bfloat16())
     pivot, ones = torch.arange(ROWS), torch.ones(ROWS)
