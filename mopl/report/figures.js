@@ -58,7 +58,10 @@ const figures = (() => {
     const size = Math.max(Math.abs(low), Math.abs(high));
     let digits = 0;
     while (digits < 8 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
-    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(Math.min(9, Math.max(1, Math.ceil(Math.log10(size / step))))).replace("e+", "e") : (x) => x.toFixed(digits);
+    const rounded = (places) => marks.some((x) => Math.abs(x.toExponential(places) - x) > step / 1e3);
+    let places = Math.min(9, Math.max(1, Math.floor(Math.log10(size / step))));
+    while (places < 9 && rounded(places)) places++; // 102,500 is not 1.03e5
+    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(places).replace("e+", "e") : (x) => x.toFixed(digits);
     return marks.map((x) => [x, label(Math.abs(x) < step / 1e6 ? 0 : x)]);
   }
 

@@ -13,11 +13,14 @@ function paperOf(svg, [across, up], width, height) {
   const left = Math.max(26 + widest(beside), half), right = width - Math.max(10, half), top = 8, bottom = height - 42;
   const px = (v) => left + ((v - across[0]) / (across[1] - across[0])) * (right - left);
   const py = (v) => bottom - ((v - up[0]) / (up[1] - up[0])) * (bottom - top);
+  // A number for every mark, or for every second or third one where all would run into each other.
+  const apart = along.length > 1 ? px(along[1][0]) - px(along[0][0]) : width, every = Math.ceil((widest(along) + 4) / apart);
   const place = (node, at) => Object.entries(at).forEach(([name, x]) => node.setAttribute(name, x));
-  for (const [v, node] of along) {
+  along.forEach(([v, node], k) => {
     draw("line", { x1: px(v), x2: px(v), y1: top, y2: bottom, stroke: "var(--line)" }, svg);
+    if (k % every) node.remove();
     place(node, { x: px(v), y: bottom + 15, "text-anchor": "middle" });
-  }
+  });
   for (const [v, node] of beside) {
     draw("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }, svg);
     place(node, { x: left - 6, y: py(v) + 4, "text-anchor": "end" });
