@@ -129,6 +129,7 @@ def test_errors_name_the_argument_its_shape_and_the_remedy() -> None:
         ((logprob, segment), {"cu_seqlens": segment}, ValueError, "one of them"),
         ((logprob,), {"sequences": 3}, ValueError, "with segment only"),
         ((logprob, segment), {"sequences": "2"}, TypeError, "sequences is '2' but must be an int, how many sequences"),
+        ((logprob, segment), {"sequences": True}, TypeError, "sequences is True but must be an int, how many"),
         ((logprob, segment), {"sequences": 2.0}, TypeError, "sequences is 2.0 but must be an int, how many sequences"),
         ((logprob, segment), {"sequences": -1}, ValueError, "sequences is -1 but must not be negative; leave it out"),
         ((logprob, segment), {"sequences": np.int64(-1)}, ValueError, "sequences is -1 but must not be negative"),
