@@ -95,7 +95,7 @@ def check_equal(responses: Sequence[Text], objective: str, labels: Sequence[floa
             if known and label != labels[j] and responses[k] == responses[j]:
                 raise RowError(
                     "equal responses",
-                    f"responses {j} and {k} are the same, but {objective} is {labels[j]:g} and {label:g}",
+                    f"responses {j} and {k} are the same, but {objective!r} is {labels[j]:g} and {label:g}",
                 )
 
 

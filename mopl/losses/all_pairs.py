@@ -148,12 +148,16 @@ def lambda_loss(
             # Only differences of these gains count, and those of large labels are lost where each is rounded alone.
             source = _above_lowest(as_labels(labels, scores).detach(), order, mask).to(y.dtype)
         gains = _gains(source, gain, mask, scaled=normalize)
-        if readable(gains) and bool((large := gains == math.inf).any()):
+        if readable(gains) and bool((large := gains.isinf()).any()):
             highest, lowest = _extremes(order, mask)
             for place in (large & (highest > lowest)).nonzero()[:1].tolist():  # equal labels form no pair
+                label = float(as_labels(labels, scores)[tuple(place)])
+                others = "" if gain == "linear" else "pass gain='linear' or normalize=True, or "
+                remedy = f"{others}divide the labels"
+                if math.isinf(label):
+                    remedy = "leave the item out with mask, or give it a finite label"
                 raise ValueError(
-                    f"labels of list {place[0]} hold {float(y[tuple(place)]):g}, whose gain is beyond {gains.dtype}; "
-                    "pass gain='linear' or normalize=True, or divide the labels"
+                    f"labels of list {place[0]} hold {label:g}, whose gain is beyond {gains.dtype}; {remedy}"
                 )
         if normalize:
             ideal = _ideal_dcg(gains, mask, top_k)

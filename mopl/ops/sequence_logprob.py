@@ -6,6 +6,9 @@ input gives the same bits. Made of differentiable PyTorch functions; nothing is 
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -51,10 +54,10 @@ def sequence_logprob(
         raise ValueError("segment and cu_seqlens both say which sequence a token belongs to; pass one of them")
     if sequences is not None and segment is None:
         raise ValueError("sequences is the number of sequences that segment speaks of; pass it with segment only")
-    if sequences is not None and (isinstance(sequences, bool) or not hasattr(sequences, "__index__")):
-        raise TypeError(f"sequences is {sequences!r} but must be an int, how many sequences there are; or leave it out")
-    if isinstance(sequences, int) and sequences < 0:
-        raise ValueError(f"sequences is {sequences} but must not be negative; leave it out to count them")
+    if sequences is not None and not isinstance(sequences, torch.SymInt):
+        sequences = _whole(sequences)
+        if sequences < 0:
+            raise ValueError(f"sequences is {sequences} but must not be negative; leave it out to count them")
     check_mask(mask, logprob, "logprob", "token")
     values = logprob.to(compute_dtype(logprob))
     if mask is not None:
@@ -91,6 +94,20 @@ def sequence_logprob(
         total = total / counts[:size].clamp(min=1)
     lost = counts[size + 1] > 0
     return torch.where(lost, torch.nan, total).to(values.dtype)
+
+
+def _whole(sequences: SupportsIndex) -> int:
+    """Return the number of sequences as an int of Python: two more than a uint8 of 255, or a tensor of it, is 1."""
+    if type(sequences) is int:
+        return sequences
+    try:
+        if isinstance(sequences, bool):
+            raise TypeError
+        return operator.index(sequences)
+    except TypeError:
+        raise TypeError(
+            f"sequences is {sequences!r} but must be an int, how many sequences there are; or leave it out"
+        ) from None
 
 
 def _segments(cu_seqlens: Tensor | None, logprob: Tensor) -> tuple[Tensor, int]:

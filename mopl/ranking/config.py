@@ -132,7 +132,7 @@ class RankConfig(CosDpoSettings):
         super().check_together()
         for name in ("hidden", "base_hidden"):
             if getattr(self, name) % self.heads:
-                raise ValueError(f"{name} is {getattr(self, name)} but heads = {self.heads} must divide it")
+                raise ValueError(f"{name} is {getattr(self, name)} but heads is {self.heads}, which must divide it")
         if self.average > max(least := FEWEST_STEPS if self.steps is None else self.steps, 1):
             raise ValueError(
                 f"average is {self.average} but steps is {least}, which the trainings share; take more steps, or a "

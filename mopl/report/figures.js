@@ -55,11 +55,11 @@ const figures = (() => {
     const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough) ?? 10 * power;
     const marks = [];
     for (let k = Math.ceil(low / step); k * step <= high; k++) marks.push(k * step);
-    const size = Math.max(Math.abs(low), Math.abs(high));
-    let digits = 0;
-    while (digits < 8 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
-    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(Math.min(9, Math.max(1, Math.ceil(Math.log10(size / step))))).replace("e+", "e") : (x) => x.toFixed(digits);
-    return marks.map((x) => [x, label(Math.abs(x) < step / 1e6 ? 0 : x)]);
+    const size = Math.max(-low, high), large = size >= 1e5 || size < 1e-3;
+    const write = (x) => large ? x.toExponential(digits).replace("e+", "e") : x.toFixed(digits);
+    let digits = +large;
+    while (digits < 15 && marks.some((x) => Math.abs(write(x) - x) > step / 1e3)) digits++; // 102,500 is not 1.03e5
+    return marks.map((x) => [x, Math.abs(x) > step / 1e6 ? write(x) : large ? "0" : write(0)]);
   }
 
   const clash = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];

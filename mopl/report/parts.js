@@ -6,18 +6,20 @@ function paperOf(svg, [across, up], width, height) {
   const { draw, ticks } = figures;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const marks = [ticks(across, Math.max(4, width / 95)), ticks(up, Math.max(4, height / 60))];
-  // How wide numbers are depends on the reader's font: they are written first, and the frame leaves them room.
+  // How wide numbers are depends on the reader's font: once written they get room, or not every one below stays.
   const [along, beside] = marks.map((axis) => axis.map(([v, text]) => [v, draw("text", { class: "tick" }, svg, text)]));
   const widest = (axis) => Math.max(0, ...axis.map(([, node]) => node.getComputedTextLength()));
   const half = widest(along) / 2 + 2;
   const left = Math.max(26 + widest(beside), half), right = width - Math.max(10, half), top = 8, bottom = height - 42;
   const px = (v) => left + ((v - across[0]) / (across[1] - across[0])) * (right - left);
   const py = (v) => bottom - ((v - up[0]) / (up[1] - up[0])) * (bottom - top);
+  const every = Math.ceil(2 * half / (px(along[1]?.[0]) - px(along[0]?.[0])));
   const place = (node, at) => Object.entries(at).forEach(([name, x]) => node.setAttribute(name, x));
-  for (const [v, node] of along) {
+  along.forEach(([v, node], k) => {
     draw("line", { x1: px(v), x2: px(v), y1: top, y2: bottom, stroke: "var(--line)" }, svg);
+    if (k % every) node.remove();
     place(node, { x: px(v), y: bottom + 15, "text-anchor": "middle" });
-  }
+  });
   for (const [v, node] of beside) {
     draw("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }, svg);
     place(node, { x: left - 6, y: py(v) + 4, "text-anchor": "end" });

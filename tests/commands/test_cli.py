@@ -316,6 +316,7 @@ def test_messages_name_options_as_the_command_line_writes_them():
         (["rank", "--base-steps", "-5"], "--base-steps is -5 but must be at least 1"),
         (["rank", "--weight-decay", "-1"], "--weight-decay is -1.0 but must be at least 0"),
         (["rank", "--k", "0"], "--k is 0 but must be at least 1"),
+        (["rank", "--heads", "3", "--hidden", "8"], "--hidden is 8 but --heads is 3, which must divide it"),
         (["serve", "x", "--timeout", "0"], "--timeout is 0 but must be at least 0.001 and below 1e9, in seconds"),
         (["serve", "x", "--grace", "-1"], "--grace is -1 but must be at least 0 and below 1e9, in seconds"),
         (["serve", "x", "--port", "-1"], "--port is -1 but must be from 0 to 65535"),

@@ -79,5 +79,6 @@ def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     )  # fmt: skip
     others = (exact - exact.diagonal()[:, None]).exp().fill_diagonal_(0).sum(1)
     torch.testing.assert_close(partial[0].double(), others, rtol=1e-5, atol=0)
-    direction = gpu.combine(head, torch.zeros(ROWS, size), None, pivot, Coefficients(ones, ones), torch.float32)
-    torch.testing.assert_close(direction, weight.float(), rtol=0, atol=0)
+    sums = far_apart(torch.randn(ROWS, size).bfloat16())
+    direction = gpu.combine(head, sums, None, pivot, Coefficients(ones, ones), torch.float32)
+    torch.testing.assert_close(direction, weight.float() + sums.float(), rtol=0, atol=0)

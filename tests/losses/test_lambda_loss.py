@@ -428,6 +428,22 @@ def test_a_label_whose_gain_is_infinite_is_refused() -> None:
     assert lambda_loss(scores.double(), labels.double()).isfinite()
 
 
+@pytest.mark.parametrize(
+    ("label", "gain", "remedy"),
+    [
+        (-math.inf, "linear", "-inf, whose gain .*float32; leave the item out with mask, or give it a finite label"),
+        (math.inf, "linear", "inf, whose gain .*float32; leave the item out with mask, or give it a finite label"),
+        (math.inf, "exponential", "inf, whose gain .*float32; leave the item out with mask, or give it a finite label"),
+        (1e39, "linear", r"1e\+39, whose gain .*float32; divide the labels"),
+    ],
+)
+def test_an_infinite_gain_is_refused_with_a_remedy_that_helps(label: float, gain: str, remedy: str) -> None:
+    scores, labels = torch.randn(1, 3), torch.tensor([[1.0, 0.0, label]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"labels of list 0 hold {remedy}"):
+        lambda_loss(scores, labels, gain=gain)
+    assert lambda_loss(scores, labels, gain=gain, mask=torch.tensor([[True, True, False]])).isfinite()
+
+
 def test_a_label_whose_gain_is_infinite_costs_nothing_where_it_forms_no_pair() -> None:
     scores = torch.randn(3, 3, requires_grad=True)
     labels = torch.tensor([[200.0, 200.0, 200.0], [150.0, 1.0, 1.0], [3.0, 2.0, 1.0]])

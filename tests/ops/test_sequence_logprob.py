@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -114,6 +115,12 @@ def test_compiled_without_breaks() -> None:
         )
 
 
+@pytest.mark.parametrize("sequences", [np.uint8(255), np.int8(127), torch.tensor(254, dtype=torch.uint8)])
+def test_the_number_of_sequences_may_be_of_any_whole_type(sequences: np.integer | torch.Tensor) -> None:
+    score = sequence_logprob(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0, 0, 1]), sequences=sequences)
+    assert score.tolist() == [-3.0, -3.0] + [0.0] * (int(sequences) - 2)
+
+
 def test_errors_name_the_argument_its_shape_and_the_remedy() -> None:
     logprob, segment = torch.zeros(4), torch.zeros(4, dtype=torch.long)
     cases = [
@@ -122,8 +129,12 @@ def test_errors_name_the_argument_its_shape_and_the_remedy() -> None:
         ((logprob, segment), {"cu_seqlens": segment}, ValueError, "one of them"),
         ((logprob,), {"sequences": 3}, ValueError, "with segment only"),
         ((logprob, segment), {"sequences": "2"}, TypeError, "sequences is '2' but must be an int, how many sequences"),
+        ((logprob, segment), {"sequences": True}, TypeError, "sequences is True but must be an int, how many"),
         ((logprob, segment), {"sequences": 2.0}, TypeError, "sequences is 2.0 but must be an int, how many sequences"),
         ((logprob, segment), {"sequences": -1}, ValueError, "sequences is -1 but must not be negative; leave it out"),
+        ((logprob, segment), {"sequences": np.int64(-1)}, ValueError, "sequences is -1 but must not be negative"),
+        ((logprob, segment), {"sequences": torch.tensor(-1)}, ValueError, "sequences is -1 but must not be negative"),
+        ((logprob, segment), {"sequences": torch.tensor([2, 2])}, TypeError, r"sequences is tensor\(\[2, 2\]\) but"),
         ((logprob, segment[:2]), {}, ValueError, r"segment has shape \(2,\)"),
         ((logprob, logprob), {}, TypeError, r"segment\.long\(\)"),
         ((logprob,), {"mask": torch.ones(4)}, TypeError, r"mask\.bool\(\)"),

@@ -212,10 +212,10 @@ BAD = [
     (json.dumps(row()).replace('"q"', '"q\0"'), "no UTF-8 text", "NUL"),
     (json.dumps(row("é"), ensure_ascii=False).encode("latin-1"), "no UTF-8 text", "0xe9"),
     ('{"prompt": "a\tb"}', "not JSON", "Invalid control character"),
-    (
+    (  # in quotes: an objective may be named as an option of the command is
         json.dumps(row(responses=["same", "same"])),
         "equal responses",
-        "responses 0 and 1 are the same, but h is 1 and 0",
+        "responses 0 and 1 are the same, but 'h' is 1 and 0",
     ),
 ]
 

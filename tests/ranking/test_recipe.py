@@ -693,7 +693,7 @@ def test_files_of_ones_own_run_and_are_found_from_another_directory(tmp_path, mo
         ({"method": "ppo"}, "method is 'ppo' but must be one of"),
         ({"concentration": 0.0}, "concentration is 0 but must be positive"),
         ({"beta": (1.0, -1.0)}, "beta is 1 -1"), ({"scales": (0.0,)}, "scales is 0"),
-        ({"penalty": float("nan")}, "penalty is nan"), ({"heads": 3}, "hidden is 8 but heads = 3 must divide it"),
+        ({"penalty": float("nan")}, "penalty is nan"), ({"heads": 3}, "hidden is 8 but heads is 3, which must divide"),
         ({"steps": -1}, "steps is -1"), ({"base_steps": -2}, "steps is -2"), ({"k": 0}, "k is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"), ({"beta_range": (2.0, 1.0)}, "beta_range"),
         ({"average": 0}, "average is 0"), ({"average": 9, "steps": 8}, "average is 9 but steps is 8, which the trai"),

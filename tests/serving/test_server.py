@@ -378,7 +378,7 @@ def test_what_cannot_be_served_is_an_error_of_one_line(folder, capsys, monkeypat
         taken.listen()
         port = str(taken.getsockname()[1])
         for more, words in (
-            (["--host", "0.0.0.0"], "requests need a key: put one into MOPL_API_KEY"),
+            (["--host", "0.0.0.0"], "--host 0.0.0.0 is reached from other machines, so requests need a key: "),
             (["--host", "192.0.2.1"], "host 192.0.2.1 port 0 cannot be used"),
             (
                 ["--port", port],
